@@ -1,0 +1,314 @@
+"""Figures that say how far an answer can be trusted, and a verdict in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
+
+R_HAT_CAUTION, R_HAT_BAD = 1.01, 1.05
+ESS_CAUTION, ESS_BAD = 100, 10  # per chain
+E_BFMI_CAUTION = 0.3
+DIVERGENT_BAD = 0.01  # share of the draws
+KISH_CAUTION, KISH_BAD = 20, 5  # draws that carry the weight
+K_HAT_CAUTION, K_HAT_BAD = 0.7, 1.0
+K_HAT_BAD_SHARE = 0.01  # among many data a few large k-hats are chance
+
+NEW_PROPOSAL = "draw more, or from a proposal closer to the posterior"
+NEW_GUIDE = "the guide misses part of the posterior, take a richer one, or correct it by importance sampling"
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Named figures (floats or small tensors) and what they mean.
+
+    `level` is 'good', 'caution', 'bad' or 'unknown'; `verdict` is one sentence, worst finding first;
+    `notes` are facts worth telling that are no alarm (sites marginalised, dtype used, a guide that was chosen).
+    """
+
+    figures: dict[str, Any] = field(default_factory=dict)
+    level: str = "unknown"
+    verdict: str = "not diagnosed"
+    notes: tuple[str, ...] = ()
+
+    def __getitem__(self, name: str) -> Any:
+        return self.figures[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.figures
+
+
+Finding = tuple[str, str]  # level, and what was found in words
+Judgement = tuple[dict[str, Any], list[Finding]]
+
+
+def diagnose(
+    draws: Mapping[str, Tensor],
+    log_weights: Tensor | None = None,
+    kind: str = "mcmc",
+    sample_stats: Mapping[str, Tensor] | None = None,
+    batch_shape: tuple[int, ...] = (),
+    notes: tuple[str, ...] = (),
+    guide_log_ratio: Tensor | None = None,
+    deterministic: bool = False,
+) -> Diagnostics:
+    """Judge draws by what can be known for their kind.
+
+    mcmc      r_hat (largest), ess_bulk and ess_tail (smallest), divergences, e_bfmi (smallest)
+    weighted  ess (Kish: smallest over the batch), ess_median, k_hat (largest), k_hat_threshold, k_hat_high (share of
+              the batch above it), of `guide_log_ratio` where it is given: the weights before smoothing, since k-hat
+              of smoothed weights is too small; with `deterministic` (every state listed, a quadrature rule) none:
+              the weights are then exact, not drawn
+    iid       num_draws and, with `guide_log_ratio` = log p(x, z) - log q(z), the figures of 'weighted'
+    point     none: a point says nothing on how good it is
+
+    draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
+    sample_stats: (C, S, ...) by arviz's names, of which `diverging` and `energy` are used. A figure that is not to
+    be had is left out, or nan where the draws should have given it. Draws that are not finite or never move are bad.
+
+    Raises ValueError for another kind, and for 'weighted' without weights.
+    Thresholds: R-hat < 1.01, ESS > 100 per chain (Vehtari et al. 2021, https://doi.org/10.1214/20-BA1221);
+    E-BFMI > 0.3 (Betancourt 2016, https://arxiv.org/abs/1604.00695, as in CmdStan);
+    k-hat < min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646).
+    """
+    figures: dict[str, Any] = {}
+    if not draws or any(0 in values.shape[:2] for values in draws.values()):
+        findings = [("bad", "there are no draws")]
+    elif findings := _not_finite(draws):
+        pass  # figures of broken draws would only repeat the news
+    elif kind == "mcmc":
+        figures, findings = _mcmc(draws, sample_stats or {}, len(batch_shape))
+    elif kind == "weighted":
+        if log_weights is None:
+            raise ValueError("kind 'weighted' needs log_weights, (C, S, *batch).")
+        weights = log_weights.flatten(0, 1)
+        findings = _no_weight(weights)
+        if not findings and deterministic:
+            findings = [("good", "the weights are computed, not drawn: no sampling error")]
+        elif not findings:
+            figures, findings = _weighted(weights if guide_log_ratio is None else guide_log_ratio, NEW_PROPOSAL)
+    elif kind == "iid":
+        figures, findings = _iid(draws, guide_log_ratio)
+    elif kind == "point":
+        findings = [("unknown", "one point: it has no spread, and nothing here tells how good it is")]
+    else:
+        raise ValueError(f"kind {kind!r}: expected 'mcmc', 'iid', 'weighted' or 'point'.")
+    findings = findings or [("unknown", "nothing here can be judged")]
+    level = max((level for level, _ in findings), key=LEVELS.index)
+    told = sorted(
+        (finding for finding in findings if finding[0] != "good" or level == "good"),
+        key=lambda finding: -LEVELS.index(finding[0]),
+    )
+    return Diagnostics(figures, level, "; ".join(text for _, text in told), tuple(notes))
+
+
+def _not_finite(draws: Mapping[str, Tensor]) -> list[Finding]:
+    findings = []
+    for site, values in draws.items():
+        broken = ~torch.isfinite(values)
+        if broken.any():
+            chain, draw, *index = (int(i) for i in broken.nonzero()[0])
+            findings.append(
+                (
+                    "bad",
+                    f"{int(broken.sum())} of {broken.numel()} values of {site} are not finite, the first at "
+                    f"{_element(site, index)} in chain {chain}, draw {draw}: the density or a transform overflows",
+                )
+            )
+    return findings
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Chains
+
+
+def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch_dims: int) -> Judgement:
+    """Do the chains agree, do they hold enough independent draws, was the sampler able to follow the density?"""
+    from .interop import ess, rhat  # here, since interop imports the posterior, which imports this file
+
+    chains, samples = next(iter(draws.values())).shape[:2]
+    figures: dict[str, Any] = {}
+    findings: list[Finding] = []
+    if samples < 4:
+        findings.append(("caution", f"{samples} draws per chain are too few to judge by"))
+    else:
+        judged = {}
+        some_move = any(bool((values != values[:1, :1]).any()) for values in draws.values())
+        for site, values in draws.items():
+            judged[site], found = _movement(site, values, batch_dims, some_move)
+            findings += found
+        if any(level == "bad" for level, _ in findings):  # what is stuck cannot be compared, and must not look well
+            judged = {}
+            figures |= {"r_hat": math.nan, "ess_bulk": math.nan, "ess_tail": math.nan}
+        if chains == 1:
+            findings.append(("caution", "one chain only, so R-hat is not available: run four (num_chains=4)"))
+        elif worst := _worst(rhat, draws, judged, largest=True):
+            figures["r_hat"], where = worst
+            level = _level(worst[0] < R_HAT_CAUTION, worst[0] >= R_HAT_BAD)
+            wish = f" (should be < {R_HAT_CAUTION}): chains disagree, run a longer warm-up"
+            findings.append((level, f"R-hat up to {worst[0]:.3f} at {where}" + wish * (level != "good")))
+        for kind in ("bulk", "tail"):
+            if worst := _worst(partial(ess, kind=kind), draws, judged, largest=False):
+                figures[f"ess_{kind}"], where = worst
+                level = _level(worst[0] > ESS_CAUTION * chains, worst[0] <= ESS_BAD * chains)
+                wish = f" (should be > {ESS_CAUTION * chains}): draw more"
+                findings.append((level, f"{kind} ESS down to {worst[0]:.0f} at {where}" + wish * (level != "good")))
+    if "diverging" in sample_stats:
+        diverging = sample_stats["diverging"]
+        figures["divergences"] = count = int(diverging.sum())
+        level = _level(count == 0, count > DIVERGENT_BAD * diverging.numel())
+        wish = ": the sampler cannot follow the density, raise its target acceptance or reparameterise the model"
+        text = f"{count} of {diverging.numel()} transitions diverged{wish}" if count else "no divergences"
+        findings.append((level, text))
+    if "energy" in sample_stats and samples >= 4:
+        energy = sample_stats["energy"].double()
+        figures["e_bfmi"] = value = float((energy.diff(dim=1).square().mean(1) / energy.var(1)).min())
+        level = _level(value >= E_BFMI_CAUTION, False)
+        wish = f" (should be > {E_BFMI_CAUTION}): the energy hardly moves, reparameterise the model"
+        findings.append((level, f"E-BFMI down to {value:.2f}" + wish * (level != "good")))
+    return figures, findings
+
+
+def _movement(site: str, values: Tensor, batch_dims: int, others: bool) -> tuple[Tensor, list[Finding]]:
+    """Which scalars of (C, S, *batch, *event) R-hat and ESS can judge, and what to say of those that stand still.
+
+    Bad: a chain that stands still. Not judged, with a caution, since they may be as they should: whole numbers that
+    keep one value; zeros and ones in a value that moves otherwise (padding); a site that never moves while `others`
+    do (a constant of the model). Not judged, no alarm: the zeros and ones of a square matrix (a Cholesky factor).
+    """
+    still = (values == values[:, :1]).all(1)
+    everywhere = (values == values[:1, :1]).all(0).all(0)
+    event = tuple(range(batch_dims, everywhere.dim()))
+    moves = (~everywhere).any(event, keepdim=True) if event else ~everywhere
+    padding = everywhere & moves & ((values[0, 0] == 0) | (values[0, 0] == 1))
+    matrix = len(event) >= 2 and values.shape[-1] == values.shape[-2]
+    whole = not values.is_floating_point() or bool((values == values.round()).all())
+    apart = still.all(0) & ~everywhere  # each chain stands still, at another value
+    certain = padding | (still.any(0) & ~apart & whole) | (everywhere & everywhere.all() & others)
+    stuck = still.any(0) & ~certain
+    judged = ~certain
+    if matrix:
+        certain = certain & ~padding
+    findings = []
+    for level, which, meaning in (
+        ("bad", stuck, "the sampler is stuck, look at its start, step size and acceptance"),
+        ("caution", certain, "constant or stuck, which R-hat cannot tell"),
+    ):
+        if which.any():
+            at = int(which.flatten().nonzero()[0])
+            chain = int(still.reshape(len(still), -1)[:, at].nonzero()[0])
+            more = f" (nor do {int(which.sum()) - 1} more scalars)" if which.sum() > 1 else ""
+            element = _element(site, _unravel(at, which.shape))
+            findings.append((level, f"{element} never moves in chain {chain}{more}: {meaning}"))
+    return judged, findings
+
+
+def _worst(
+    statistic: Callable[[Tensor], Tensor], draws: Mapping[str, Tensor], judged: Mapping[str, Tensor], largest: bool
+) -> tuple[float, str] | None:
+    """The worst value of a statistic over all judged scalars and where it is; nan is worse than any number."""
+    worst, worst_value, where = -math.inf, math.nan, ""
+    for site, which in judged.items():
+        if which.any():
+            found = statistic(draws[site])
+            badness = torch.nan_to_num(found if largest else -found, nan=math.inf, posinf=math.inf, neginf=-math.inf)
+            badness = badness.masked_fill(~which, -math.inf)
+            at = int(badness.argmax())
+            if not where or float(badness.flatten()[at]) > worst:
+                worst, worst_value = float(badness.flatten()[at]), float(found.flatten()[at])
+                where = _element(site, _unravel(at, found.shape))
+    return (worst_value, where) if where else None
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Weights
+
+
+def _weighted(log_weights: Tensor, advice: str) -> Judgement:
+    """On how many draws does each datum's answer rest, and is the tail of the weights light enough? (S, *batch)"""
+    from .interop import psis
+
+    findings = _no_weight(log_weights)
+    if findings:
+        return {}, findings
+    draws, data = log_weights.shape[0], log_weights[0].numel()
+    log_w = log_weights.double()
+    kish = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0))
+    figures: dict[str, Any] = {"ess": float(kish.min()), "ess_median": float(kish.median())}
+    k_hat = psis(log_w)[1]
+    known = ~k_hat.isnan()
+    if known.any():
+        threshold = min(1 - 1 / math.log10(draws), K_HAT_CAUTION)
+        worst = k_hat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
+        largest, high = float(worst.max()), int((worst > threshold).sum())
+        figures |= {"k_hat": largest, "k_hat_threshold": threshold, "k_hat_high": high / data}
+        level = _level(high == 0, int((worst > K_HAT_BAD).sum()) > K_HAT_BAD_SHARE * data)
+        text = f"k-hat up to {largest:.2f}{_datum(worst.argmax(), k_hat.shape)}"
+        if high:
+            share = f", and above that at {high} of {data} data" if data > 1 else ""
+            text += f" (should be < {threshold:.2f}{share}): {advice}"
+        findings.append((level, text))
+    if not known.all():
+        count = f" at {int((~known).sum())} of {data} data" if data > 1 else ""
+        findings.append(("caution", f"k-hat is not available{count}: fewer than 25 draws have weight, draw more"))
+    level = _level(figures["ess"] > KISH_CAUTION, figures["ess"] <= KISH_BAD)
+    text = f"Kish ESS down to {figures['ess']:.1f} of {draws} draws{_datum(kish.argmin(), kish.shape)}"
+    findings.append((level, text if level == "good" else f"{text} (should be > {KISH_CAUTION}): draw more"))
+    return figures, findings
+
+
+def _iid(draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None) -> Judgement:
+    chains, samples = next(iter(draws.values())).shape[:2]
+    figures = {"num_draws": chains * samples}
+    if guide_log_ratio is None:
+        text = f"{chains * samples} independent draws, but nothing here tells how far they are from the posterior"
+        return figures, [("unknown", text)]
+    of_guide, findings = _weighted(guide_log_ratio, NEW_GUIDE)
+    return figures | of_guide, findings
+
+
+def _no_weight(log_weights: Tensor) -> list[Finding]:
+    """Data, in (S, *batch), whose weights are broken or all zero."""
+    broken = (log_weights.isnan() | (log_weights == math.inf)).any(0)
+    zero = (log_weights == -math.inf).all(0)
+    return [
+        ("bad", f"{text}{_datum(which.int().argmax(), which.shape)} ({int(which.sum())} of {which.numel()}): {meaning}")
+        for which, text, meaning in (
+            (broken, "log weights are nan or infinite", "the density overflows"),
+            (zero, "no draw has any weight", "the proposal misses the posterior altogether"),
+        )
+        if which.any()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Words
+
+
+def _level(good: bool, bad: bool) -> str:
+    """'good' must be shown: a comparison with nan shows nothing, and is a caution."""
+    return "good" if good else "bad" if bad else "caution"
+
+
+def _element(site: str, index: list[int]) -> str:
+    return f"{site}[{', '.join(map(str, index))}]" if index else site
+
+
+def _datum(flat: Tensor, shape: tuple[int, ...]) -> str:
+    index = _unravel(int(flat), shape)
+    return f" at datum {index[0] if len(index) == 1 else tuple(index)}" if index else ""
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> list[int]:
+    index = []
+    for size in reversed(shape):
+        flat, i = divmod(flat, size)
+        index.append(i)
+    return index[::-1]

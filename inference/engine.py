@@ -1,0 +1,442 @@
+"""The harness around every engine: `infer` owns seed, clock, counters and failures; an engine only its mathematics."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import math
+import numbers
+import pkgutil
+import random
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .density import Density
+from .diagnostics import diagnose
+from .posterior import Cost, Evidence, Posterior, Status
+from .problem import Problem, ProblemError
+
+if TYPE_CHECKING:
+    from .learn import Fit
+
+
+class EngineFailure(RuntimeError):
+    """The engine cannot give an answer here (all weights zero, no finite start ...); becomes a failed status."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What an engine answers; `infer` makes a `Posterior` of it. Shapes as there."""
+
+    values: Mapping[str, Tensor]
+    kind: str
+    log_weights: Tensor | None = None
+    log_evidence: Evidence | None = None
+    sample_stats: Mapping[str, Tensor] = field(default_factory=dict)
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    log_ratio: Tensor | None = None  # log p(x, z) - log q(z) of draws from q, (S, *batch)
+    deterministic: bool = False  # weighted points of a rule, without sampling error
+
+
+class Engine(Protocol):
+    """A method with its settings. One file in `engines/`, a class decorated with `settings`, is all it takes."""
+
+    name: ClassVar[str]
+
+    def supports(self, density: Density) -> str:
+        """Why this engine cannot run the problem, in words; '' where it can. Raises `ProblemError` on bad settings."""
+
+    def run(self, density: Density, run: Run) -> Draws:
+        """Draw from p_theta(z | x) at the density's theta. Called inside the density, without gradients."""
+
+
+@dataclass
+class Run:
+    """What the harness lends to an engine or a learner: seeds, a warm start, progress and the tuning account."""
+
+    density: Density
+    seed: np.random.SeedSequence
+    warm: Mapping[str, Tensor] = field(default_factory=dict)
+    report: Callable[[str, int, int], None] | None = None
+    tuning_counts: dict[str, float] = field(default_factory=lambda: {"evaluations": 0.0, "gradients": 0.0})
+    tuning_seconds: float = 0.0
+    _tuning: bool = False
+
+    def progress(self, stage: str, step: int, total: int) -> None:
+        if self.report is not None:
+            self.report(stage, step, total)
+
+    @contextmanager
+    def tuning(self) -> Iterator[None]:
+        """What happens inside is warm-up or fitting: counted, and listed apart."""
+        if self._tuning:
+            yield
+            return
+        before, start = dict(self.density.counts), time.perf_counter()
+        self._tuning = True
+        try:
+            yield
+        finally:
+            self._tuning = False
+            self.tuning_seconds += time.perf_counter() - start
+            for key, value in self.density.counts.items():
+                self.tuning_counts[key] += value - before[key]
+
+    def child(self, index: int, warm: Mapping[str, Tensor] | None = None) -> Run:
+        """A run inside this one with a seed of its own."""
+        seed = np.random.SeedSequence(self.seed.entropy, spawn_key=(*self.seed.spawn_key, index))
+        return Run(self.density, seed, warm or {})
+
+    def cost(self, seconds: float, peak_memory: int | None) -> Cost:
+        return Cost(
+            evaluations=self.density.counts["evaluations"],
+            gradients=self.density.counts["gradients"],
+            tuning_evaluations=self.tuning_counts["evaluations"],
+            tuning_gradients=self.tuning_counts["gradients"],
+            seconds=seconds,
+            tuning_seconds=self.tuning_seconds,
+            peak_memory=peak_memory,
+        )
+
+
+def infer(
+    problem: Problem,
+    engine: Engine | type[Engine] | str,
+    *,
+    seed: int = 0,
+    parameters: Mapping[str, Tensor] | Fit | None = None,
+    warm: Posterior | None = None,
+    progress: bool | Callable[[str, int, int], None] = False,
+    device: torch.device | str | None = None,
+) -> Posterior:
+    """Approximate p_theta(z | x), theta held fixed.
+
+    engine      an instance, a class (its defaults) or a name
+    parameters  theta (and the guide's phi) by name, or the `Fit` that learned them; None: as they stand in the program
+    warm        a posterior of the same engine and problem to go on from
+    progress    True draws a bar on a terminal; a function is called with (stage, step, total)
+    Returns a posterior whose `status` says how it ended: an engine that does not serve the model is 'unsupported',
+    a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
+    """
+    engine = as_engine(engine)
+    _check_problem(problem)
+    with isolated(seed), torch.no_grad():
+        density, reason = _prepare(problem, engine, parameters, device)
+        if reason:
+            return finish(None, density, Status("unsupported", reason), Cost(), engine, seed)
+        state = {} if warm is None else dict(warm.state)
+        with density, reporter(progress, engine.name) as report:
+            return _run(density, engine, Run(density, np.random.SeedSequence(seed), state, report), seed)
+
+
+def why_not(
+    problem: Problem, engine: Engine | type[Engine] | str, parameters: Mapping[str, Tensor] | Fit | None = None
+) -> str:
+    """Why the engine cannot serve the problem, in words; '' where it can. Runs the model a few times only."""
+    _check_problem(problem)
+    with isolated(0), torch.no_grad():
+        return _prepare(problem, as_engine(engine), parameters, None)[1]
+
+
+def _prepare(problem: Problem, engine: Engine, parameters: Any, device: Any) -> tuple[Density, str]:
+    prepare = getattr(engine, "prepare", None)  # an engine may bring a guide of its own
+    density = Density(prepare(problem) if prepare else problem, device=device)
+    if parameters is not None:
+        density.set_parameters(parameters)
+    if not density.latents:
+        return density, "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+    with density:
+        return density, engine.supports(density)
+
+
+def _run(density: Density, engine: Engine, run: Run, seed: int) -> Posterior:
+    start, memory = time.perf_counter(), peak_memory()
+    draws = None
+    try:
+        draws = engine.run(density, run)
+        status = _judge(draws)
+    except ProblemError:
+        raise
+    except Exception as error:
+        reason = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+        status = Status("failed", reason)
+    cost = run.cost(time.perf_counter() - start, peak_memory() - memory)
+    return finish(draws, density, status, cost, engine, seed)
+
+
+def _judge(draws: Draws) -> Status:
+    """Failures that show in the numbers."""
+    for name, value in draws.values.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            return Status("failed", f"site {name!r}: {int((~value.isfinite()).sum())} draws are not finite")
+    if draws.log_weights is not None:
+        best = draws.log_weights.flatten(0, 1).amax(0)
+        if not bool(best.isfinite().all()):
+            bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()
+            return Status("failed", f"all weights are zero or undefined for {len(bad)} data, first {bad[:5]}")
+    return Status("done")
+
+
+def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, method: Any, seed: int) -> Posterior:
+    """The posterior record of a run: draws judged and moved to the CPU; without draws, its status alone."""
+    common: dict[str, Any] = {
+        "status": status,
+        "engine": method.name,
+        "engine_options": options(method),
+        "seed": seed,
+        "cost": cost,
+        "parameters": density.theta.values(),
+        "batch_shape": tuple(density.batch_shape),
+        "problem": density.problem,
+    }
+    if draws is None or not status.done:
+        return Posterior({}, **common)
+    move = lambda tensors: {name: value.detach().cpu() for name, value in tensors.items()}  # noqa: E731
+    values, stats = move(draws.values), move(draws.sample_stats)
+    log_weights = None if draws.log_weights is None else draws.log_weights.detach().cpu()
+    diagnostics = diagnose(
+        values,
+        log_weights,
+        draws.kind,
+        stats,
+        common["batch_shape"],
+        notes=(*density.notes, *draws.notes),
+        guide_log_ratio=draws.log_ratio,
+        deterministic=draws.deterministic,
+    )
+    return Posterior(
+        values,
+        log_weights,
+        draws.log_evidence,
+        diagnostics=diagnostics,
+        state=move(draws.state),
+        kind=draws.kind,
+        sample_stats=stats,
+        **common,
+    )
+
+
+def as_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """(S, ...) -> (1, S, ...): one chain."""
+    return {name: value[None] for name, value in values.items()}
+
+
+# -- settings ----------------------------------------------------------------------------------------------------
+
+_FOREIGN = {  # spellings of PyMC, Stan and NumPyro
+    "draws": "num_samples",
+    "n_samples": "num_samples",
+    "iter_sampling": "num_samples",
+    "tune": "warmup_steps",
+    "num_warmup": "warmup_steps",
+    "iter_warmup": "warmup_steps",
+    "chains": "num_chains",
+    "lr": "learning_rate",
+    "steps": "num_steps",
+    "n": "num_steps",
+    "particles": "num_particles",
+}
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose unknown settings are refused with the nearest name, and whose counts are checked."""
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    counts = [n for n in names if n.startswith("num_") or n in ("warmup_steps", "batch_size")]
+    plain = cls.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+        if args:
+            raise ProblemError(f"{cls.__name__} takes settings by name: {', '.join(names)}.")
+        for key in kwargs:
+            if key not in names:
+                raise ProblemError(f"{cls.__name__} has no setting {key!r}. {_nearest(key, names)}")
+        plain(self, **kwargs)
+        for name in counts:
+            check_count(self, name)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def check_count(engine: Any, name: str) -> None:
+    """A count is a whole number of at least 1 (warmup_steps: 0); None stays None where it is the default."""
+    value = getattr(engine, name)
+    if value is None and getattr(type(engine), name, 0) is None:
+        return
+    least = 0 if name == "warmup_steps" else 1
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a whole number of at least {least}.")
+
+
+def check_positive(engine: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(engine, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+            raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a positive number.")
+
+
+def options(method: Any) -> dict[str, Any]:
+    """The settings of an engine or learner as plain data: what a record needs to say how it was run."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if is_dataclass(value) and hasattr(value, "name") and not isinstance(value, type):
+            return {"name": value.name, **options(value)}  # type: ignore[attr-defined]
+        if isinstance(value, Posterior):
+            return f"posterior of {value.engine}"
+        return getattr(value, "__name__", type(value).__name__)
+
+    return {f.name: plain(getattr(method, f.name)) for f in fields(method)}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    if _FOREIGN.get(name) in names:
+        return f"Did you mean {_FOREIGN[name]!r}?"
+    near = difflib.get_close_matches(name, names, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"Settings: {', '.join(names)}."
+
+
+# -- discovery ---------------------------------------------------------------------------------------------------
+
+
+def engines() -> dict[str, type]:
+    """name -> engine class: every file in `engines/`, and the entry points `pyrometer.engines`."""
+    return _discover("engines", "run")
+
+
+def learners() -> dict[str, type]:
+    """name -> learner class: every file in `learners/`, engines that learn, and the entry points `pyrometer.learners`."""
+    own = {name: cls for name, cls in engines().items() if hasattr(cls, "fit")}
+    return dict(sorted({**own, **_discover("learners", "fit")}.items()))
+
+
+def find_engine(name: str) -> type:
+    """The engine of this name or unique beginning of a name. Raises `ProblemError`, with the nearest name."""
+    return _find(name, engines(), "engine")
+
+
+def find_learner(name: str) -> type:
+    """The learner of this name or unique beginning of a name. Raises `ProblemError`, with the nearest name."""
+    return _find(name, learners(), "learner")
+
+
+def as_engine(engine: Any) -> Any:
+    """An engine from an instance, a class or a name."""
+    return _instance(engine, find_engine, "run", "engine")
+
+
+def as_learner(learner: Any) -> Any:
+    """A learner from an instance, a class or a name."""
+    return _instance(learner, find_learner, "fit", "learner")
+
+
+def _instance(method: Any, find: Callable[[str], type], verb: str, word: str) -> Any:
+    if isinstance(method, str):
+        method = find(method)
+    if isinstance(method, type) and hasattr(method, verb):
+        method = method()
+    if isinstance(method, type) or not hasattr(method, verb):
+        raise ProblemError(f"{method!r} is no {word}: pass an instance such as SVI(num_steps=500), a class or a name.")
+    return method
+
+
+def _discover(folder: str, verb: str) -> dict[str, type]:
+    found: dict[str, type] = {}
+    package = importlib.import_module(f".{folder}", __package__)
+    for module_info in pkgutil.iter_modules(package.__path__):
+        module = importlib.import_module(f".{folder}.{module_info.name}", __package__)
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, verb):
+                name = getattr(value, "name", None)
+                if isinstance(name, str):
+                    found[name] = value
+    for entry in entry_points(group=f"pyrometer.{folder}"):
+        found.setdefault(entry.name, entry.load())
+    return dict(sorted(found.items()))
+
+
+def _find(name: str, known: Mapping[str, type], word: str) -> type:
+    key = name.strip().lower().replace("-", "_")
+    matches = [n for n in known if n == key] or [n for n in known if n.startswith(key)] if key else []
+    if len(matches) == 1:
+        return known[matches[0]]
+    near = matches or difflib.get_close_matches(key, known, 1)
+    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(known)}."
+    raise ProblemError(f"no {word} {name!r}. {hint}")
+
+
+# -- isolation ---------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def isolated(seed: int) -> Iterator[None]:
+    """Seed every generator for the run and give the global ones back as they were. Raises on a bad seed."""
+    if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
+        raise ProblemError(f"seed = {seed!r}: expected a whole number from 0 to 2**64 - 1.")
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        seed_all(np.random.SeedSequence(int(seed)))
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])  # noqa: NPY002
+
+
+def seed_all(sequence: np.random.SeedSequence) -> None:
+    """Seed torch, numpy and random from one seed sequence (neighbouring seeds share nothing)."""
+    words = sequence.generate_state(3, np.uint64)
+    torch.manual_seed(int(words[0]) >> 1)
+    np.random.seed(int(words[1]) % 2**32)  # noqa: NPY002
+    random.seed(int(words[2]))
+
+
+def _check_problem(problem: Any) -> None:
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"expected a Problem, got {type(problem).__name__}; write Problem(model, args=(x,)).")
+
+
+def peak_memory() -> int:
+    """Largest resident size so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def reporter(progress: Any, title: str) -> Iterator[Callable[[str, int, int], None] | None]:
+    """A function to call with (stage, step, total); a bar on a terminal for True."""
+    if callable(progress):
+        yield progress
+        return
+    if not progress or not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        tasks: dict[str, Any] = {}
+
+        def report(stage: str, step: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bar.add_task(f"{title}: {stage}", total=total)
+            bar.update(tasks[stage], completed=step, total=total)
+
+        yield report

@@ -1,0 +1,162 @@
+"""Importance sampling, per datum: each batch element has its own weights, evidence and effective sample size.
+
+    w_s = p_theta(x, z_s) / q(z_s),   z_s ~ q;      log p_theta(x) ~ log mean_s w_s
+
+unbiased for the evidence on the natural scale. Weighting all data jointly would multiply their weights and leave one
+draw. Pareto smoothing: Vehtari et al. 2024, jmlr.org/papers/v25/19-556.html.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..density import Density, Values
+from ..engine import Draws, EngineFailure, Run, as_chain, as_engine, check_positive, options, settings
+from ..guides import AutoGuide, PairedGuide, make_guide
+from ..interop import psis
+from ..laplace import laplace, moments, student_t
+from ..learning import flat_draws
+from ..posterior import Posterior, evidence_from_weights
+from ..problem import ProblemError
+
+
+@settings
+class ImportanceSampling:
+    """Weight draws of a proposal q by p_theta(x, z) / q(z), each datum for itself.
+
+    proposal         'prior'; 'guide', the problem's own as it stands; 'laplace', a t distribution at each datum's
+                     mode; a fitted `Posterior` (its guide, or a t with its moments); an engine to fit first;
+                     'auto': the guide where `parameters=Fit` brought a learned one or it has nothing to learn, else
+                     laplace or prior, whichever a pilot of 200 draws finds more effective
+    pareto_smoothed  smooth the largest weights of each datum before use (the evidence is then no longer unbiased)
+    degrees          of freedom of the t proposals: small ones have tails that cover more
+    """
+
+    name: ClassVar[str] = "importance_sampling"
+    num_samples: int = 1000
+    proposal: Any = "auto"
+    pareto_smoothed: bool = False
+    degrees: float = 5.0
+
+    NAMES: ClassVar[tuple[str, ...]] = ("auto", "prior", "guide", "laplace")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "degrees")
+        if isinstance(self.proposal, str):
+            if self.proposal not in self.NAMES:
+                raise ProblemError(
+                    f"ImportanceSampling(proposal={self.proposal!r}): expected one of {', '.join(self.NAMES)}, "
+                    "a fitted posterior or an engine."
+                )
+        elif not isinstance(self.proposal, Posterior):
+            as_engine(self.proposal)
+
+    def supports(self, density: Density) -> str:
+        proposal = self._proposal(density)
+        if proposal == "guide":
+            density.require_guide()
+            missing = [n for n in density.latents if n not in density.guide_sites]
+            if missing and any(density.latents[n].support is None for n in missing):
+                return f"the guide does not propose site {missing[0]!r}"
+        if proposal == "prior" and density.improper:
+            return f"site {density.improper[0]!r} has an improper prior, which cannot be drawn from"
+        if proposal == "laplace" or isinstance(proposal, Posterior):
+            if not density.continuous:
+                return "the latents are discrete: a t proposal does not apply; use proposal='prior' or 'guide'"
+            unlisted = [n for n in density.discrete if density.latents[n].support is None]
+            if unlisted:
+                return f"discrete site {unlisted[0]!r} can be neither proposed nor summed out"
+        if isinstance(proposal, Posterior) and not proposal.draws:
+            raise ProblemError(f"the posterior given as proposal has no draws; status: {proposal.status}.")
+        if proposal == "auto" and density.improper and any(density.latents[n].support is None for n in density.discrete):
+            return f"site {density.improper[0]!r} has an improper prior and a discrete site cannot be summed out"
+        if not isinstance(proposal, str | Posterior):
+            reason = as_engine(proposal).supports(density)
+            return f"the proposal engine cannot run: {reason}" if reason else ""
+        return ""
+
+    def run(self, density: Density, run: Run) -> Draws:
+        proposal = self._proposal(density)
+        notes: tuple[str, ...] = ()
+        if proposal == "auto":
+            proposal = self._pilot(density, run)
+            notes = (f"proposal: {proposal}, the best of a pilot",)
+        z, log_weights = self._weighted(proposal, density, run, self.num_samples)
+        log_weights = log_weights.double().cpu()
+        evidence = evidence_from_weights(log_weights)
+        if self.pareto_smoothed:
+            log_weights, _ = psis(log_weights)
+        values = density.constrain(z) if isinstance(z, Tensor) else dict(z)
+        missing = [n for n in density.latents if n not in values]
+        if missing:
+            notes = (*notes, f"summed out exactly, not drawn: {', '.join(missing)}")
+        values |= density.deterministic(values) if not missing else {}
+        return Draws(as_chain(values), "weighted", log_weights[None], evidence, notes=notes)
+
+    def _weighted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
+        """Draws (count, *batch, ...) of a proposal and their log weights (count, *batch)."""
+        if proposal == "prior":
+            draws = density.prior(count)
+            z: Tensor | Values = draws.values
+            log_weights = draws.log_likelihood
+        elif proposal == "guide":
+            z, log_q, _ = PairedGuide(density).draw(count)
+            log_weights = density.log_joint(z) - log_q
+        else:
+            z, log_q = self._fitted(proposal, density, run, count)
+            log_weights = density.log_joint(z) - log_q
+        best = log_weights.amax(0)
+        if not bool(best.isfinite().all()):
+            bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()
+            raise EngineFailure(f"all weights are zero for {len(bad)} of {best.numel()} data, first {bad[:5]}")
+        return z, log_weights
+
+    def _fitted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
+        """Draws and log q of 'laplace', of a posterior, or of an engine that is fitted first."""
+        if proposal == "laplace":
+            with run.tuning():
+                fit = laplace(density)
+            return student_t(fit, count, self.degrees)
+        if isinstance(proposal, Posterior):
+            values, weights = flat_draws(proposal, proposal.batch_shape)
+            name, family, state = proposal.engine, proposal.engine_options.get("guide"), proposal.state
+        else:
+            engine = as_engine(proposal)
+            with run.tuning():
+                fitted = engine.run(density, run.child(0))
+            values, weights = flat_draws(fitted, tuple(density.batch_shape))
+            name, family, state = engine.name, options(engine).get("guide"), fitted.state
+        if name == "svi" and family != "AutoDelta" and (family is None or family in AutoGuide.FAMILIES):
+            automatic = any(n.startswith("guide.") for n in state)
+            guide = make_guide(density, (family or "AutoNormal") if automatic else None)
+            guide.load(state)
+            z, log_q, _ = guide.draw(count)
+            return z, log_q
+        fit = moments(density.unconstrain({n: values[n] for n in density.continuous}), weights.to(density.dtype))
+        return student_t(fit, count, self.degrees)
+
+    def _proposal(self, density: Density) -> Any:
+        """'auto' is the learned guide where there is one; else a pilot decides."""
+        return "guide" if self.proposal == "auto" and density.guide_ready else self.proposal
+
+    def _pilot(self, density: Density, run: Run, count: int = 200) -> str:
+        """Laplace or the prior, whichever gives the larger mean effective sample size in a few draws."""
+        listed = all(density.latents[n].support is not None for n in density.discrete)
+        candidates = ["laplace"] if density.continuous and listed else []
+        candidates += [] if density.improper else ["prior"]
+        if len(candidates) == 1:
+            return candidates[0]
+        found: dict[str, float] = {}
+        with run.tuning():
+            for candidate in candidates:
+                try:
+                    log_weights = self._weighted(candidate, density, run, count)[1]
+                except EngineFailure:
+                    continue
+                found[candidate] = float(1 / torch.softmax(log_weights, 0).square().sum(0).mean())
+        if not found:
+            raise EngineFailure("neither a Laplace nor the prior proposal has a draw with finite weight")
+        return max(found, key=lambda name: found[name])

@@ -1,0 +1,91 @@
+"""Gauss-Hermite quadrature around each datum's mode: deterministic posterior and evidence for few latents.
+
+    integral f(u) du  ~  sum_k w_k exp(|t_k|^2) f(m + sqrt(2) L t_k) sqrt(2)^D |L|
+
+with mode m and curvature (L L')^-1; exact where the posterior is Gaussian (any polynomial up to degree 2n - 1).
+Liu & Pierce 1994, doi:10.1093/biomet/81.3.624.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..density import Density
+from ..engine import Draws, Run, as_chain, settings
+from ..laplace import GaussianFit, laplace
+from ..posterior import Evidence
+
+
+@settings
+class Quadrature:
+    """Integrate over the latents of each datum by a product rule at its mode: exact for Gaussian posteriors, and
+    close for posteriors of one mode in few dimensions. Discrete latents are summed out.
+
+    num_nodes  nodes in each direction; the evidence's error is its change from num_nodes - 2
+    max_nodes  refuse product rules with more nodes than this
+    """
+
+    name: ClassVar[str] = "quadrature"
+    exact: ClassVar[bool] = True
+    num_nodes: int = 16
+    max_nodes: int = 100_000
+
+    def supports(self, density: Density) -> str:
+        if not density.continuous:
+            return "the latents are discrete; enumeration is exact for them"
+        unlisted = [n for n in density.discrete if density.latents[n].support is None]
+        if unlisted:
+            return f"discrete site {unlisted[0]!r} cannot be summed out"
+        if self.num_nodes**density.dim > self.max_nodes:
+            return (
+                f"{self.num_nodes} nodes in {density.dim} dimensions are {self.num_nodes**density.dim:.3g}, more than "
+                f"max_nodes = {self.max_nodes}"
+            )
+        return ""
+
+    def run(self, density: Density, run: Run) -> Draws:
+        start = run.warm.get("mode")
+        if start is not None and start.shape != (*density.batch_shape, density.dim):
+            start = None  # other data: find the modes afresh
+        with run.tuning():
+            fit = laplace(density, start=None if start is None else start.to(dtype=density.dtype, device=density.device))
+        u, log_weights = self._rule(density, fit, self.num_nodes)
+        evidence = torch.logsumexp(log_weights, 0)
+        coarse = torch.logsumexp(self._rule(density, fit, max(1, self.num_nodes - 2))[1], 0)
+        error = (evidence - coarse).abs().cpu() if self.num_nodes > 1 else torch.full_like(evidence, math.inf).cpu()
+        values = density.constrain(u)
+        notes: tuple[str, ...] = ()
+        if density.discrete:
+            notes = (f"summed out exactly, not drawn: {', '.join(density.discrete)}",)
+        else:
+            values |= density.deterministic(values)
+        return Draws(
+            as_chain(values),
+            "weighted",
+            log_weights=log_weights[None],
+            log_evidence=Evidence(evidence.cpu(), error, "estimate"),
+            state={"mode": fit.mean},
+            notes=notes,
+            deterministic=True,
+        )
+
+    @staticmethod
+    def _rule(density: Density, fit: GaussianFit, count: int) -> tuple[Tensor, Tensor]:
+        """Nodes u (K, *batch, D) and their log weights times density (K, *batch)."""
+        dim = fit.mean.shape[-1]
+        nodes, weights = np.polynomial.hermite.hermgauss(count)
+        options = {"dtype": torch.float64, "device": fit.mean.device}
+        grid = torch.as_tensor(nodes, **options)
+        t = torch.cartesian_prod(*[grid] * dim).reshape(-1, dim)
+        log_w = torch.as_tensor(np.log(weights), **options)
+        log_w = torch.cartesian_prod(*[log_w] * dim).reshape(-1, dim).sum(-1) + t.square().sum(-1)
+        t = t.reshape((len(t), *[1] * (fit.mean.dim() - 1), dim)).to(fit.mean)
+        u = fit.mean + math.sqrt(2.0) * (fit.tril @ t[..., None])[..., 0]
+        log_volume = fit.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1).double() + dim / 2 * math.log(2.0)
+        log_w = log_w.reshape((len(log_w), *[1] * (fit.mean.dim() - 1)))
+        return u, log_w + log_volume + density.log_joint(u).double()

@@ -1,0 +1,113 @@
+"""Modes and curvatures of all batch elements at once, in the unconstrained space.
+
+Damped Newton steps on log_joint(u), each element with its own damping (Levenberg 1944, doi:10.1090/qam/10666): a step
+that does not improve its element is refused and the damping raised, whatever the others do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .density import Density
+from .engine import EngineFailure
+
+
+class GaussianFit(NamedTuple):
+    """u ~ N(mean, tril tril') per batch element: (*batch, D) and (*batch, D, D)."""
+
+    mean: Tensor
+    tril: Tensor
+
+
+def laplace(density: Density, num_steps: int = 100, tolerance: float = 1e-10, start: Tensor | None = None) -> GaussianFit:
+    """The Gaussian at the mode with the curvature there. Raises `EngineFailure` where no finite start is found."""
+    u = _start(density) if start is None else start
+    dim = u.shape[-1]
+    eye = torch.eye(dim, dtype=u.dtype, device=u.device)
+    damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
+    value, gradient, hessian = _curvature(density, u)
+    for _ in range(num_steps):
+        # -hessian + damping I, shifted where it is not positive definite, so that the step goes uphill
+        eigenvalues, vectors = torch.linalg.eigh(-hessian)
+        lowest = eigenvalues.clamp_min(1e-8).where(eigenvalues > 0, eigenvalues.abs().clamp_min(1e-3))
+        step = (vectors @ ((vectors.mT @ gradient[..., None]) / (lowest + damping[..., None])[..., None]))[..., 0]
+        promise = (gradient * step).sum(-1)
+        moving = promise > tolerance
+        if not bool(moving.any()):
+            break
+        proposal = u + step * moving[..., None]
+        new = _curvature(density, proposal)
+        better = moving & (new[0] > value) & new[1].isfinite().all(-1)
+        u = torch.where(better[..., None], proposal, u)
+        value = torch.where(better, new[0], value)
+        gradient = torch.where(better[..., None], new[1], gradient)
+        hessian = torch.where(better[..., None, None], new[2], hessian)
+        damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e12)
+        if not bool((moving & (damping < 1e11)).any()):
+            break
+    eigenvalues, vectors = torch.linalg.eigh(-hessian)
+    if not bool(eigenvalues.isfinite().all()):
+        raise EngineFailure("the curvature of the log joint at its mode is not finite")
+    # flat or upward directions get the unit width of the standardised prior rather than an endless one
+    variance = torch.where(eigenvalues > 1e-6, 1 / eigenvalues, torch.ones_like(eigenvalues))
+    covariance = (vectors * variance[..., None, :]) @ vectors.mT
+    return GaussianFit(u, torch.linalg.cholesky(covariance + 1e-14 * eye))
+
+
+def moments(u: Tensor, weights: Tensor) -> GaussianFit:
+    """The Gaussian with the mean and covariance of weighted draws u (S, *batch, D), weights (S, *batch)."""
+    w = (weights / weights.sum(0))[..., None].to(u)
+    mean = (w * u).sum(0)
+    centred = u - mean
+    covariance = torch.einsum("s...i,s...j->...ij", w * centred, centred)
+    jitter = 1e-10 * torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    tril, failed = torch.linalg.cholesky_ex(covariance + jitter)
+    if bool(failed.any()):
+        raise EngineFailure("the draws do not span the space of the latents: their covariance is singular")
+    return GaussianFit(mean, tril)
+
+
+def student_t(fit: GaussianFit, count: int, degrees: float) -> tuple[Tensor, Tensor]:
+    """Draws u (count, *batch, D) from the multivariate t around a Gaussian fit, and their log density."""
+    dim = fit.mean.shape[-1]
+    noise = torch.randn((count, *fit.mean.shape), dtype=fit.mean.dtype, device=fit.mean.device)
+    shape = torch.full((count, *fit.mean.shape[:-1]), degrees / 2, dtype=fit.mean.dtype, device=fit.mean.device)
+    noise = noise / (torch._standard_gamma(shape) * 2 / degrees).sqrt()[..., None]
+    u = fit.mean + (fit.tril @ noise[..., None])[..., 0]
+    constant = math.lgamma((degrees + dim) / 2) - math.lgamma(degrees / 2) - dim / 2 * math.log(degrees * math.pi)
+    log_volume = fit.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return u, constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
+
+
+def _start(density: Density, tries: int = 20) -> Tensor:
+    """Per batch element the best of some prior draws (zero where the prior cannot be drawn from)."""
+    zeros = torch.zeros((1, *density.batch_shape, density.dim), dtype=density.dtype, device=density.device)
+    u = zeros if density.improper else torch.cat([zeros, density.unconstrain(density.prior(tries).values)])
+    u = torch.where(u.isfinite(), u, torch.zeros_like(u))
+    value = density.log_joint(u)
+    value = torch.where(value.isnan(), torch.full_like(value, -math.inf), value)
+    best = value.argmax(0)
+    if not bool(value.amax(0).isfinite().all()):
+        raise EngineFailure("the log joint is not finite at any of the starting points drawn from the prior")
+    index = best[None, ..., None].expand(1, *u.shape[1:])
+    return u.gather(0, index)[0]
+
+
+def _curvature(density: Density, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (*batch), gradient (*batch, D) and Hessian (*batch, D, D) of the log joint."""
+    with torch.enable_grad():
+        u = u.detach().requires_grad_(True)
+        value = density.log_joint(u)
+        (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=True)
+        rows = []
+        for i in range(u.shape[-1]):
+            part = gradient[..., i].sum()
+            row = torch.autograd.grad(part, u, retain_graph=True, allow_unused=True)[0] if part.requires_grad else None
+            rows.append(torch.zeros_like(u) if row is None else row)
+            density.counts["gradients"] += 1
+    hessian = torch.stack(rows, -2)
+    return value.detach(), gradient.detach(), (hessian + hessian.mT) / 2

@@ -1,0 +1,162 @@
+"""Expectation maximisation with any engine as E-step (Dempster, Laird & Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x).
+
+    E: weights and draws for p_theta(z | x) at the current theta;   M: theta <- argmax (or a step up) of
+    Q(theta) = E[log p_theta(x, z)]
+
+Enumeration or quadrature gives exact EM, NUTS Monte Carlo EM (Wei & Tanner 1990, doi:10.2307/2290005), importance
+sampling the wake-phase update, a fitted guide variational EM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..density import Density
+from ..engine import Draws, EngineFailure, Run, as_engine, check_positive, settings
+from ..engines.enumeration import Enumeration
+from ..engines.importance_sampling import ImportanceSampling
+from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, minibatches
+from ..problem import Problem, ProblemError
+
+
+@settings
+class EM:
+    """Alternate an E-step by any engine with an M-step; `tolerance` ends it early where the E-step is exact.
+
+    e_step          an engine; None: enumeration where it serves, else importance sampling with 100 draws
+    num_steps       E-steps (each followed by an M-step)
+    m_step          'closed' (the problem's own), 'full' (L-BFGS until Q is maximal), 'gradient', or 'auto': closed
+                    where the problem has one, full where the E-step is exact, else gradient
+    gradient_steps  optimiser steps for each M-step of kind 'gradient'
+    batch_size      data for each E- and M-step; None: all
+    optimizer       any torch optimiser class, called as optimizer(tensors, lr=learning_rate)
+    tolerance       stop when an exact log likelihood rises by less than this, relatively
+    """
+
+    name: ClassVar[str] = "em"
+    dtype: ClassVar[torch.dtype] = torch.float64
+    e_step: Any = None
+    num_steps: int = 100
+    m_step: str = "auto"
+    gradient_steps: int = 1
+    batch_size: int | None = None
+    learning_rate: float = 0.01
+    optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
+    tolerance: float = 1e-12
+
+    KINDS: ClassVar[tuple[str, ...]] = ("auto", "closed", "full", "gradient")
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate", "gradient_steps")
+        if self.m_step not in self.KINDS:
+            raise ProblemError(f"EM(m_step={self.m_step!r}): expected one of {', '.join(self.KINDS)}.")
+        if self.e_step is not None:
+            as_engine(self.e_step)
+
+    def prepare(self, problem: Problem) -> Problem:
+        prepare = getattr(as_engine(self.e_step), "prepare", None) if self.e_step is not None else None
+        return prepare(problem) if prepare else problem
+
+    def supports(self, density: Density) -> str:
+        if not density.latents:
+            return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+        engine = self._engine(density)
+        if self.m_step == "closed" and density.problem.m_step is None:
+            raise ProblemError(f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it.")
+        if self.batch_size is not None:
+            density.check_minibatch()
+            if not density.batch_plates:
+                return "minibatches need latents that belong to one datum each; this model has global latents"
+            if self._kind(density, engine) == "closed":
+                raise ProblemError("a closed-form M-step needs all data: use batch_size=None or m_step='gradient'.")
+        reason = engine.supports(density)
+        return f"the E-step cannot run: {reason}" if reason else ""
+
+    def fit(self, density: Density, run: Run) -> Learned:
+        engine = self._engine(density)
+        kind = self._kind(density, engine)
+        optimizer = self.optimizer(density.theta.tensors, lr=self.learning_rate)
+        batches = minibatches(density, self.batch_size)
+        writer, draws, warm, last = TrailWriter("estimate", 1), None, {}, None
+        notes: tuple[str, ...] = ()
+        for step in range(self.num_steps):
+            index = next(batches)
+            with nullcontext() if index is None else density.minibatch(index):
+                draws = self._expect(engine, density, run.child(step, warm))
+                warm = dict(draws.state) if index is None else {}
+                if draws.log_evidence is not None:
+                    evidence = draws.log_evidence
+                    value, error = evidence.total()
+                    writer.kind = evidence.kind
+                    writer.add(step, value * density.data_scale, error * density.data_scale)
+                    exact = bool(getattr(engine, "exact", False)) and index is None
+                    if exact and last is not None and abs(value - last) <= self.tolerance * (1.0 + abs(value)):
+                        notes = (f"converged after {step} steps",)
+                        break
+                    last = value
+                self._maximise(kind, density, draws, optimizer)
+            run.progress("EM steps", step + 1, self.num_steps)
+        else:
+            if self.batch_size is None:
+                draws = self._expect(engine, density, run.child(self.num_steps, warm))
+                if draws.log_evidence is not None:
+                    writer.add(self.num_steps, *draws.log_evidence.total())
+        return Learned(writer.trail(), None if self.batch_size is not None else draws, notes)
+
+    def _expect(self, engine: Any, density: Density, run: Run) -> Draws:
+        with torch.no_grad(), density.theta.frozen(), density.phi.frozen():
+            return engine.run(density, run)
+
+    def _maximise(self, kind: str, density: Density, draws: Draws, optimizer: torch.optim.Optimizer) -> None:
+        values, weights = flat_draws(draws, tuple(density.batch_shape))
+        if kind == "closed":
+            given = {n: v.double() if v.is_floating_point() else v for n, v in values.items()}
+            density.theta.set(density.problem.m_step(given, weights, *density.args))  # type: ignore[misc]
+            return
+        tensors = density.theta.tensors
+        if kind == "full":
+            maximise(lambda: expected_log_joint(density, values, weights), tensors)
+            return
+        for _ in range(int(self.gradient_steps)):
+            with torch.enable_grad():
+                loss = -expected_log_joint(density, values, weights)
+                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+            if not bool(loss.isfinite()):
+                raise EngineFailure("the expected log joint is not finite: a draw with weight has no density")
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+
+    def _engine(self, density: Density) -> Any:
+        if self.e_step is not None:
+            return as_engine(self.e_step)
+        return ImportanceSampling(num_samples=100) if Enumeration().supports(density) else Enumeration()
+
+    def _kind(self, density: Density, engine: Any) -> str:
+        if self.m_step != "auto":
+            return self.m_step
+        if density.problem.m_step is not None and self.batch_size is None:
+            return "closed"
+        return "full" if getattr(engine, "exact", False) and self.batch_size is None else "gradient"
+
+
+def maximise(objective: Callable[[], Tensor], tensors: list[Tensor], num_steps: int = 100) -> None:
+    """Climb to the nearest maximum of a smooth function of the tensors, by L-BFGS with strong-Wolfe line search."""
+    optimizer = torch.optim.LBFGS(
+        tensors, max_iter=num_steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        with torch.enable_grad():
+            loss = -objective()
+            gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+        for tensor, gradient in zip(tensors, gradients, strict=True):
+            tensor.grad = torch.zeros_like(tensor) if gradient is None else gradient
+        return loss.detach()
+
+    optimizer.step(closure)

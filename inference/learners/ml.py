@@ -1,0 +1,81 @@
+"""Maximum likelihood where the likelihood is there to be evaluated: fully observed models.
+
+    theta_ML = argmax_theta sum_i log p_theta(x_i),    gradient from minibatches: (N / B) sum_{i in batch}
+
+Discrete latents, which can be summed out exactly, are allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import ClassVar
+
+import torch
+
+from ..density import Density
+from ..engine import EngineFailure, Run, check_positive, settings
+from ..learning import Learned, TrailWriter, minibatches
+from ..problem import ProblemError
+from .em import maximise
+
+
+@settings
+class ML:
+    """Maximise log p_theta(x) over theta, by minibatch gradients or (batch_size=None, optimizer=None) L-BFGS.
+
+    num_steps   optimiser steps; for L-BFGS its iterations
+    batch_size  data for each gradient; None: all
+    optimizer   any torch optimiser class, called as optimizer(tensors, lr=learning_rate); None: L-BFGS on all data,
+                Adam on minibatches
+    """
+
+    name: ClassVar[str] = "ml"
+    num_steps: int = 1000
+    batch_size: int | None = None
+    learning_rate: float = 0.01
+    optimizer: Callable[..., torch.optim.Optimizer] | None = None
+
+    def __post_init__(self) -> None:
+        check_positive(self, "learning_rate")
+
+    def supports(self, density: Density) -> str:
+        if density.continuous:
+            return f"site {density.continuous[0]!r} is latent: its likelihood is an integral; use EM or SVI"
+        unlisted = [n for n in density.discrete if density.latents[n].support is None]
+        if unlisted:
+            return f"discrete site {unlisted[0]!r} cannot be summed out"
+        if self.batch_size is not None:
+            if density.discrete and not density.batch_plates:
+                raise ProblemError("minibatches need latents that belong to one datum each; use batch_size=None.")
+            density.check_minibatch()
+        return ""
+
+    def fit(self, density: Density, run: Run) -> Learned:
+        tensors = density.theta.tensors
+        if self.optimizer is None and self.batch_size is None:
+            writer = TrailWriter("exact", 1)
+
+            def objective() -> torch.Tensor:
+                value = density.log_joint({}).sum()
+                writer.add(len(writer), value.detach())
+                return value
+
+            maximise(objective, tensors, self.num_steps)
+            return Learned(writer.trail())
+        optimizer = (self.optimizer or torch.optim.Adam)(tensors, lr=self.learning_rate)
+        batches = minibatches(density, self.batch_size)
+        writer = TrailWriter("exact" if self.batch_size is None else "estimate", self.num_steps)
+        for step in range(self.num_steps):
+            index = next(batches)
+            with torch.enable_grad(), nullcontext() if index is None else density.minibatch(index):
+                value = density.log_joint({}).sum() * density.data_scale
+                gradients = torch.autograd.grad(-value, tensors, allow_unused=True)
+            if not bool(value.isfinite()):
+                raise EngineFailure(f"the log likelihood became {float(value)} at step {step}; try a smaller learning_rate")
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = gradient
+            optimizer.step()
+            writer.add(step, value.detach())
+            run.progress("gradient steps", step + 1, self.num_steps)
+        return Learned(writer.trail())

@@ -1,0 +1,347 @@
+"""Running a Pyro program once, or batched by vmap, and reading its log probabilities site by site.
+
+One messenger does all of it: it stands outermost, so that every handler of the user's (condition, mask, scale,
+reparam ...) has had its say, sets the values at latent sites, and adds up log probabilities per batch element.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.util import scale_and_mask
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+from torch.overrides import TorchFunctionMode
+
+from .problem import ProblemError
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised `pyro.plate`: its name, its dimension (negative, from the right) and its full size."""
+
+    name: str
+    dim: int
+    size: int
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """What one sample statement looks like, and how its value is laid out.
+
+    Pyro lays a value out as (*plates by their dim, *event). Ours puts the plates of the batch first and drops the
+    singleton dimensions of plates that the site is not in: (*batch, *other plates, *event).
+    """
+
+    name: str
+    role: str  # 'latent', 'observed', 'factor' or 'deterministic'
+    event_dim: int
+    plates: tuple[Plate, ...]  # by dim, left to right
+    shape: tuple[int, ...]  # of the value, as Pyro lays it out
+    discrete: bool = False
+    support: Tensor | None = None  # of an enumerable site: (k, *event)
+    auxiliary: bool = False
+    reparameterised: bool = True
+    unconstrained_event_dim: int = 0
+    unconstrained_shape: tuple[int, ...] = ()
+    batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
+
+    @property
+    def inner_shape(self) -> tuple[int, ...]:
+        """The sizes of the plates inside one batch element, (*other plates)."""
+        own = self.own_shape(self.shape, self.event_dim)
+        return own[len(self.batch) : len(own) - self.event_dim]
+
+    def own_shape(self, shape: tuple[int, ...], event_dim: int) -> tuple[int, ...]:
+        """The shape (*batch, *other plates, *event) of a value that Pyro lays out as `shape`."""
+        rest = shape[: len(shape) - event_dim]
+        sizes = {d - len(rest): size for d, size in enumerate(rest)}
+        order = [*self.batch, *self._kept(rest)]
+        return (*(sizes[d] for d in order), *shape[len(shape) - event_dim :])
+
+    def _kept(self, rest: tuple[int, ...]) -> list[int]:
+        plates = {p.dim for p in self.plates}
+        dims = range(-len(rest), 0)
+        return [d for d in dims if d not in self.batch and (d in plates or rest[d] != 1)]
+
+    def to_pyro(self, value: Tensor, event_dim: int) -> Tensor:
+        """(*batch, *other plates, *event) -> as Pyro lays it out."""
+        rest = self.shape[: len(self.shape) - self.event_dim]
+        order = [*self.batch, *self._kept(rest)]
+        target = sorted(order)
+        events = list(range(len(order), len(order) + event_dim))
+        value = value.permute([order.index(d) for d in target] + events)
+        index = tuple(slice(None) if d in target else None for d in range(-len(rest), 0))
+        return value[index] if None in index else value
+
+    def to_own(self, value: Tensor, event_dim: int) -> Tensor:
+        """As Pyro lays it out -> (*batch, *other plates, *event)."""
+        rest_dim = value.dim() - event_dim
+        rest = self.shape[: len(self.shape) - self.event_dim]
+        order = [*self.batch, *self._kept(rest)]
+        dropped = [d for d in range(-rest_dim, 0) if d not in order]
+        value = value.permute([d - event_dim for d in (*order, *dropped)] + list(range(-event_dim, 0)))
+        shape = (*value.shape[: len(order)], *value.shape[value.dim() - event_dim :])
+        return value.reshape(shape) if dropped else value
+
+
+@dataclass
+class Reading:
+    """What one run of a program tells. Log probabilities have the shape of the batch."""
+
+    log_prior: Any = 0.0
+    log_likelihood: Any = 0.0
+    log_jacobian: Any = 0.0
+    log_score: Any = 0.0  # of the draws that cannot be reparameterised
+    values: dict[str, Tensor] = field(default_factory=dict)
+    unconstrained: dict[str, Tensor] = field(default_factory=dict)
+    pointwise: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Scribe(Messenger):
+    """Sets latent values and writes down a `Reading`.
+
+    given          site -> value in Pyro's layout; sites not given are drawn from the program
+    transformed    the given values are unconstrained: map each by its site's own support, as it is at this run,
+                   and add the log-Jacobian (so a support that depends on another site is right)
+    want           what to write down besides the log probabilities: 'values', 'unconstrained', 'pointwise';
+                   'trace': only set values, since a trace outside does the writing
+    minibatch      (plate, indices, scale): the program sees these rows of the data; sites of the plate are scaled
+    """
+
+    def __init__(
+        self,
+        sites: Mapping[str, Site],
+        given: Mapping[str, Tensor],
+        *,
+        transformed: bool = False,
+        minibatch: tuple[Plate, Tensor, float] | None = None,
+        want: frozenset[str] = frozenset(),
+    ) -> None:
+        super().__init__()
+        self.sites = sites
+        self.given = given
+        self.transformed = transformed
+        self.minibatch = minibatch
+        self.want = want
+        self.reading = Reading()
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] != "sample":
+            return
+        name: str = msg["name"]  # type: ignore[assignment]
+        if site_is_subsample(msg):
+            if self.minibatch and name == self.minibatch[0].name and msg["fn"].size == self.minibatch[0].size:
+                msg["value"] = self.minibatch[1]
+            return
+        if self.minibatch is not None:
+            msg["scale"] = self._scale(msg, self.minibatch)
+        if name not in self.given or msg["is_observed"]:
+            return
+        value = self.given[name]
+        if self.transformed:
+            transform = biject_to(msg["fn"].support)
+            unconstrained, value = value, transform(value)
+            jacobian = transform.log_abs_det_jacobian(unconstrained, value)
+            self.reading.log_jacobian = self.reading.log_jacobian + self._per_element(jacobian, self.sites[name])
+        msg["value"] = value
+
+    def _postprocess_message(self, msg: Message) -> None:
+        if msg["type"] != "sample" or site_is_subsample(msg) or "trace" in self.want:
+            return
+        name: str = msg["name"]  # type: ignore[assignment]
+        site = self.sites.get(name)
+        if site is None:
+            raise ProblemError(f"site {name!r} appears in some runs of the program only; sites must be the same always.")
+        fn: TorchDistributionMixin = msg["fn"]
+        value = msg["value"]
+        if site.role == "deterministic":
+            if "values" in self.want:
+                self.reading.values[name] = site.to_own(value, site.event_dim)
+            return
+        raw = fn.log_prob(value)
+        log_prob = scale_and_mask(raw, msg["scale"], msg["mask"])
+        if log_prob.dim() < len(fn.batch_shape):
+            log_prob = log_prob.expand(fn.batch_shape)
+        if site.role == "latent":
+            per_element = self._per_element(log_prob, site)
+            self.reading.log_prior = self.reading.log_prior + per_element
+            if name not in self.given and not fn.has_rsample:
+                # the draw came from fn itself, so its score carries neither a minibatch's scale nor a mask
+                self.reading.log_score = self.reading.log_score + self._per_element(raw.expand(log_prob.shape), site)
+            if "values" in self.want:
+                self.reading.values[name] = site.to_own(value, site.event_dim)
+            if "unconstrained" in self.want and not site.discrete:
+                unconstrained = biject_to(fn.support).inv(value)
+                self.reading.unconstrained[name] = site.to_own(unconstrained, site.unconstrained_event_dim)
+        else:
+            self.reading.log_likelihood = self.reading.log_likelihood + self._per_element(log_prob, site)
+            if "pointwise" in self.want and site.role == "observed":
+                self.reading.pointwise[name] = site.to_own(log_prob, 0)
+
+    @staticmethod
+    def _scale(msg: Message, minibatch: tuple[Plate, Tensor, float]) -> Any:
+        """Pyro's scale, with the minibatch counted once whether or not the program's plate knows its full size."""
+        plate, _, wanted = minibatch
+        for frame in msg["cond_indep_stack"]:
+            if frame.name == plate.name:
+                return msg["scale"] * (wanted * frame.size / frame.full_size)  # type: ignore[operator]
+        return msg["scale"]
+
+    @staticmethod
+    def _per_element(log_prob: Tensor, site: Site) -> Tensor:
+        """Sum a (*plates) tensor over all but the batch plates."""
+        if not site.batch:
+            return log_prob.sum()
+        dims = [d for d in range(-log_prob.dim(), 0) if d not in site.batch]
+        return log_prob.sum(dims) if dims else log_prob
+
+
+class Survey(Messenger):
+    """First run: which sites there are. Draws where it can; an improper site starts at the image of zero."""
+
+    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
+        super().__init__()
+        self.given = given or {}
+        self.messages: dict[str, Message] = {}
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+            return
+        if msg["name"] in self.given:
+            msg["value"] = self.given[msg["name"]]
+        elif msg["value"] is None and is_improper(msg["fn"]):
+            transform = biject_to(msg["fn"].support)
+            shape = transform.inverse_shape(msg["fn"].shape())
+            msg["value"] = transform(torch.zeros(shape))
+
+    def _postprocess_message(self, msg: Message) -> None:
+        if msg["type"] != "sample":
+            return
+        name: str = msg["name"]  # type: ignore[assignment]
+        if site_is_subsample(msg):
+            fn = msg["fn"]
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise ProblemError(
+                    f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}: remove subsample_size from the "
+                    "program; engines make the minibatches themselves (batch_size=...)."
+                )
+            return
+        if name in self.messages:
+            raise ProblemError(f"two sample sites are named {name!r}; every name must be used once.")
+        self.messages[name] = msg.copy()
+
+    def sites(self) -> dict[str, Site]:
+        return {name: _describe(name, msg) for name, msg in self.messages.items()}
+
+
+def is_improper(fn: Any) -> bool:
+    while hasattr(fn, "base_dist") and type(fn).__name__ != "ImproperUniform":
+        fn = fn.base_dist
+    return type(fn).__name__ == "ImproperUniform"
+
+
+def _describe(name: str, msg: Message) -> Site:
+    fn: Any = msg["fn"]
+    value: Any = msg["value"]
+    infer = msg["infer"] or {}
+    if infer.get("_deterministic"):
+        role = "deterministic"
+    elif site_is_factor(msg):
+        role = "factor"
+    else:
+        role = "observed" if msg["is_observed"] else "latent"
+    plates = tuple(
+        sorted(
+            (Plate(f.name, f.dim, int(f.full_size or f.size)) for f in msg["cond_indep_stack"] if f.vectorized),
+            key=lambda p: p.dim,
+        )
+    )
+    if role == "deterministic":
+        event_dim = _deterministic_event_dim(value.shape, plates)
+        return Site(name, role, event_dim, plates if event_dim < value.dim() else (), tuple(value.shape))
+    if role != "latent":
+        return Site(name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :]))
+    try:
+        discrete = bool(fn.support.is_discrete)
+    except NotImplementedError:
+        discrete = bool(fn.has_enumerate_support)
+    shape = tuple(value.shape)
+    described: dict[str, Any] = {}
+    if not discrete:
+        transform = biject_to(fn.support)
+        described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
+        described["unconstrained_event_dim"] = fn.event_dim - (transform.codomain.event_dim - transform.domain.event_dim)
+    return Site(
+        name,
+        role,
+        fn.event_dim,
+        plates,
+        shape,
+        discrete=discrete,
+        support=_support(fn) if discrete else None,
+        auxiliary=bool(infer.get("is_auxiliary")),
+        reparameterised=bool(fn.has_rsample),
+        **described,
+    )
+
+
+def _support(fn: Any) -> Tensor | None:
+    """All values of one element of an enumerable site, (k, *event); None where they cannot be listed."""
+    if not fn.has_enumerate_support:
+        return None
+    try:
+        values = fn.enumerate_support(expand=False)
+    except NotImplementedError:  # elements with supports of their own, say binomials of unlike totals
+        return None
+    return values.reshape((-1, *fn.event_shape))
+
+
+def _deterministic_event_dim(shape: torch.Size, plates: tuple[Plate, ...]) -> int:
+    """Pyro takes all of a deterministic value for event; here the plates are looked for among its dimensions."""
+    for event_dim in range(len(shape)):
+        rest = shape[: len(shape) - event_dim]
+        if all(-p.dim <= len(rest) and rest[p.dim] == p.size for p in plates):
+            return event_dim
+    return len(shape)
+
+
+# In-place random operations act on a fresh, unbatched tensor, which vmap refuses; these are the same draws out of place.
+_OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
+    Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: torch.randn_like(t) * std + mean,
+    Tensor.uniform_: lambda t, low=0.0, high=1.0, **_: torch.rand_like(t) * (high - low) + low,
+    Tensor.exponential_: lambda t, rate=1.0, **_: -torch.log1p(-torch.rand_like(t)) / rate,
+    Tensor.cauchy_: lambda t, loc=0.0, scale=1.0, **_: loc + scale * torch.tan(torch.pi * (torch.rand_like(t) - 0.5)),
+}
+
+
+class _OutOfPlaceRandomness(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
+
+
+class _DirichletByGammas:
+    """torch's Dirichlet draws through an autograd function that vmap cannot enter; gammas give the same law."""
+
+    @staticmethod
+    def apply(concentration: Tensor) -> Tensor:
+        # gamma(a) = gamma(a + 1) U^(1/a), in logs, so that small concentrations do not underflow
+        uniform = torch.rand_like(concentration).clamp_min(torch.finfo(concentration.dtype).tiny)
+        log_gamma = torch._standard_gamma(concentration + 1).log() + uniform.log() / concentration
+        return torch.softmax(log_gamma, -1)
+
+
+@contextmanager
+def batched_randomness() -> Iterator[None]:
+    """Let `torch.func.vmap(..., randomness='different')` draw from any distribution it can."""
+    with _OutOfPlaceRandomness(), mock.patch("torch.distributions.dirichlet._Dirichlet", _DirichletByGammas):
+        yield
