@@ -28,6 +28,7 @@ from pyro.ops.contract import contract_to_tensor
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from .compile import traced
 from .parameters import Parameters, find_parameters
 from .problem import Problem, ProblemError
 from .program import Plate, Reading, Scribe, Site, Survey, batched_randomness, is_improper
@@ -88,6 +89,8 @@ class Density:
         self._store: dict[str, Any] = {"params": {}, "constraints": {}}
         self._exit = ExitStack()
         self._depth = 0
+        self._graphs: dict[tuple[int, ...], tuple[Callable[..., Any], str]] = {}
+        self.backend = "eager"
         self._phi_given = False
         self._minibatch: tuple[Plate, Tensor, float] | None = None
         self.theta = self.phi = Parameters({})
@@ -167,7 +170,9 @@ class Density:
             sites = messages.sites()
             for name, site in sites.items():
                 if site.role == "latent" and name not in self.latents and not site.auxiliary:
-                    raise ProblemError(f"guide site {name!r} is not a latent site of the model ({_list(self.latents)}).")
+                    raise ProblemError(
+                        f"guide site {name!r} is not a latent site of the model ({_list(self.latents)})."
+                    )
                 if site.role == "latent":
                     missing = [p.name for p in self.batch_plates if p not in site.plates]
                     if missing:
@@ -209,7 +214,10 @@ class Density:
                     "Replace missing entries by any finite number and exclude them with poutine.mask."
                 )
             try:
-                with torch.enable_grad(), pyro.validation_enabled(bool(msg["is_observed"]) and msg["mask"] is not False):
+                with (
+                    torch.enable_grad(),
+                    pyro.validation_enabled(bool(msg["is_observed"]) and msg["mask"] is not False),
+                ):
                     log_prob = msg["fn"].log_prob(value)
             except Exception as error:
                 raise ProblemError(
@@ -375,7 +383,9 @@ class Density:
                     part = self._per_datum(rows, plate)
                 fits = part.shape == full[index].shape and torch.allclose(part, full[index], rtol=1e-3, atol=1e-3)
             except (RuntimeError, ValueError, IndexError) as error:
-                raise ProblemError(f"the model fails on {len(index)} of {plate.size} rows of its data: {error}") from error
+                raise ProblemError(
+                    f"the model fails on {len(index)} of {plate.size} rows of its data: {error}"
+                ) from error
         if not fits:
             raise ProblemError(
                 f"the model gives other densities on {len(index)} rows of plate {plate.name!r} than on all "
@@ -479,7 +489,9 @@ class Density:
 
     def _deterministic(self) -> list[str]:
         """Deterministic sites that can be told per batch element."""
-        return [n for n, s in self.sites.items() if s.role == "deterministic" and bool(s.batch) == bool(self.batch_plates)]
+        return [
+            n for n, s in self.sites.items() if s.role == "deterministic" and bool(s.batch) == bool(self.batch_plates)
+        ]
 
     def unconstrain(self, values: Values) -> Tensor:
         """site -> (*sample, *batch, *event) to u (*sample, *batch, D)."""
@@ -498,6 +510,40 @@ class Density:
             value = self.log_joint(u)
             (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient
+
+    def traced_value_and_grad(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`value_and_grad` for many calls at the shape of u: as a graph where the program can be traced."""
+        if self._minibatch is not None:
+            return self.value_and_grad
+        key = tuple(u.shape)
+        if key not in self._graphs:
+            with self.uncounted():
+                run, why_not = traced(
+                    self.value_and_grad,
+                    [(u,), (u + 0.1 * torch.randn_like(u),)],
+                    self.theta.tensors + self.phi.tensors,
+                )
+            self._graphs[key] = (run, "eager" if why_not else "graph")
+        run, self.backend = self._graphs[key]
+        if self.backend == "eager":
+            return self.value_and_grad
+        count = math.prod(u.shape[: u.dim() - len(self.batch_shape) - 1])
+
+        def counted(v: Tensor) -> tuple[Tensor, Tensor]:
+            self.counts["gradients"] += count
+            value, gradient = run(v)
+            return value, gradient
+
+        return counted
+
+    @contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """What is evaluated inside, to trace and compare, is not counted."""
+        before = dict(self.counts)
+        try:
+            yield
+        finally:
+            self.counts.update(before)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -605,7 +651,9 @@ class Density:
                         stack.enter_context(batched_randomness())
                     try:
                         return torch.func.vmap(
-                            function, chunk_size=chunk if chunk < count else None, randomness="different" if random else "error"
+                            function,
+                            chunk_size=chunk if chunk < count else None,
+                            randomness="different" if random else "error",
                         )(inputs)
                     except RuntimeError as error:
                         if "vmap" not in str(error) and "functorch" not in str(error):

@@ -107,6 +107,7 @@ class Run:
             seconds=seconds,
             tuning_seconds=self.tuning_seconds,
             peak_memory=peak_memory,
+            backend=self.density.backend,
         )
 
 

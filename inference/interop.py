@@ -161,8 +161,9 @@ def _each(statistic: Callable[[np.ndarray], Any], draws: Tensor) -> Tensor:
     result = np.full(columns.shape[2], np.nan)
     if columns.shape[1] >= 4:
         judged = np.isfinite(columns).all((0, 1)) & (columns != columns[:, :1]).any(1).all(0)
-        for j in np.flatnonzero(judged):
-            result[j] = statistic(columns[:, :, j])
+        with np.errstate(all="ignore"):  # chains of constant halves divide by zero: infinite R-hat, and rightly so
+            for j in np.flatnonzero(judged):
+                result[j] = statistic(columns[:, :, j])
     return torch.from_numpy(result.reshape(values.shape[2:]))
 
 

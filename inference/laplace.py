@@ -23,11 +23,16 @@ class GaussianFit(NamedTuple):
     tril: Tensor
 
 
-def laplace(density: Density, num_steps: int = 100, tolerance: float = 1e-10, start: Tensor | None = None) -> GaussianFit:
-    """The Gaussian at the mode with the curvature there. Raises `EngineFailure` where no finite start is found."""
-    u = _start(density) if start is None else start
-    dim = u.shape[-1]
-    eye = torch.eye(dim, dtype=u.dtype, device=u.device)
+def laplace(
+    density: Density, num_steps: int = 100, tolerance: float = 1e-10, start: Tensor | None = None
+) -> GaussianFit:
+    """The Gaussian at the highest of the modes found, with the curvature there.
+
+    start  (*batch, D) to climb from; None: several draws of the prior, climbed side by side
+    Raises `EngineFailure` where no finite start is found.
+    """
+    u = _starts(density) if start is None else start[None]
+    eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
     value, gradient, hessian = _curvature(density, u)
     for _ in range(num_steps):
@@ -49,6 +54,8 @@ def laplace(density: Density, num_steps: int = 100, tolerance: float = 1e-10, st
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e12)
         if not bool((moving & (damping < 1e11)).any()):
             break
+    best = value.argmax(0)
+    u, hessian = _pick(u, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
     if not bool(eigenvalues.isfinite().all()):
         raise EngineFailure("the curvature of the log joint at its mode is not finite")
@@ -83,18 +90,24 @@ def student_t(fit: GaussianFit, count: int, degrees: float) -> tuple[Tensor, Ten
     return u, constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
 
 
-def _start(density: Density, tries: int = 20) -> Tensor:
-    """Per batch element the best of some prior draws (zero where the prior cannot be drawn from)."""
+def _starts(density: Density, count: int = 4, tries: int = 20) -> Tensor:
+    """(count, *batch, D): per batch element the best of some prior draws (zero where the prior cannot be drawn)."""
     zeros = torch.zeros((1, *density.batch_shape, density.dim), dtype=density.dtype, device=density.device)
     u = zeros if density.improper else torch.cat([zeros, density.unconstrain(density.prior(tries).values)])
     u = torch.where(u.isfinite(), u, torch.zeros_like(u))
     value = density.log_joint(u)
     value = torch.where(value.isnan(), torch.full_like(value, -math.inf), value)
-    best = value.argmax(0)
     if not bool(value.amax(0).isfinite().all()):
         raise EngineFailure("the log joint is not finite at any of the starting points drawn from the prior")
-    index = best[None, ..., None].expand(1, *u.shape[1:])
-    return u.gather(0, index)[0]
+    order = value.argsort(0, descending=True)[:count]
+    order = torch.where(value.gather(0, order).isfinite(), order, order[:1])
+    return u.gather(0, order[..., None].expand(*order.shape, u.shape[-1]))
+
+
+def _pick(values: Tensor, index: Tensor) -> Tensor:
+    """values (S, *batch, ...), index (*batch) -> (*batch, ...)."""
+    index = index.reshape((1, *index.shape, *[1] * (values.dim() - 1 - index.dim())))
+    return values.gather(0, index.expand(1, *values.shape[1:]))[0]
 
 
 def _curvature(density: Density, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,6 +121,6 @@ def _curvature(density: Density, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             part = gradient[..., i].sum()
             row = torch.autograd.grad(part, u, retain_graph=True, allow_unused=True)[0] if part.requires_grad else None
             rows.append(torch.zeros_like(u) if row is None else row)
-            density.counts["gradients"] += 1
+            density.counts["gradients"] += len(u)
     hessian = torch.stack(rows, -2)
     return value.detach(), gradient.detach(), (hessian + hessian.mT) / 2

@@ -10,16 +10,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .compile import traced
 from .density import Density
 from .engine import Draws
 from .posterior import Posterior
 from .problem import ProblemError
+
+TRACE_FROM = 20  # fewer steps than this are not worth tracing
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +97,46 @@ def minibatches(density: Density, batch_size: int | None) -> Iterator[Tensor | N
             order = order.to(density.device)
         for start in range(0, size - batch_size + 1, batch_size):
             yield order[start : start + batch_size]
+
+
+def steps(
+    density: Density, loss: Callable[[], Tensor], tensors: list[Tensor], batch_size: int | None, count: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """(loss, *gradients) of `count` minibatches, traced once: after that a step runs no Python of the program.
+
+    Between turns the caller moves the tensors. A tensor that the loss does not depend on has gradient zero.
+    """
+
+    cost: dict[str, float] = {}
+
+    def step(*index: Tensor) -> tuple[Tensor, ...]:
+        before = dict(density.counts)
+        with torch.enable_grad(), density.minibatch(index[0]) if index else nullcontext():
+            value = loss()
+            gradients = torch.autograd.grad(value, tensors, allow_unused=True)
+        cost.update({key: counted - before[key] for key, counted in density.counts.items()})
+        filled = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
+        return (value.detach(), *filled)
+
+    batches = minibatches(density, batch_size)
+    run: Callable[..., tuple[Tensor, ...]] = step
+    if count > TRACE_FROM:
+        examples: list[tuple[Tensor, ...]] = [() if (b := next(batches)) is None else (b,) for _ in range(2)]
+        with density.uncounted():
+            run, why_not = traced(step, examples, [*tensors, *density.theta.tensors, *density.phi.tensors])
+        density.backend = "eager" if why_not else "graph"
+    for _ in range(count):
+        index = next(batches)
+        yield run() if index is None else run(index)
+        if run is not step:
+            for key, value in cost.items():
+                density.counts[key] += value
+
+
+def make_optimizer(kind: Callable[..., Any], tensors: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:
+    """The optimiser; torch's Adam in its fused form, which is the same arithmetic in one pass."""
+    extra = {"fused": True} if kind in (torch.optim.Adam, torch.optim.AdamW) else {}
+    return kind(tensors, lr=learning_rate, **extra)
 
 
 def flat_draws(draws: Draws | Posterior, batch_shape: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:

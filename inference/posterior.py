@@ -190,8 +190,7 @@ class Posterior:
         ordered, index = values.flatten(0, 1).sort(0)
         w = w.gather(0, index)
         cumulative = w.cumsum(0)
-        # relative to the last sum, which rounding keeps from being one; a draw of weight zero is nobody's quantile
-        reached = (cumulative >= q * cumulative[-1:] - 1e-12) & (w > 0)
+        reached = (cumulative >= q - 1e-12) & (w > 0)  # rounding keeps the last sum from being one
         first = reached.to(torch.int8).argmax(0, keepdim=True)
         found = ordered.gather(0, first).squeeze(0)
         return found.masked_fill(ordered[-1].isnan() | cumulative[-1].isnan(), math.nan)  # sort puts nan last
@@ -213,12 +212,12 @@ class Posterior:
         total = w.shape[0] if num_samples is None else num_samples
         batch = w.shape[1:]
         columns = w.reshape(w.shape[0], -1)
-        start = torch.rand(1, columns.shape[1], generator=generator, dtype=torch.float64)
+        start = torch.rand((1, columns.shape[1]), generator=generator, dtype=torch.float64)
         cumulative = columns.cumsum(0)
         positions = (torch.arange(total)[:, None] + start) / total * cumulative[-1:]
+        positions = torch.minimum(positions, torch.nextafter(cumulative[-1:], torch.zeros(1, dtype=torch.float64)))
         # the first draw whose sum exceeds the position, so that none of weight zero is ever taken
         index = torch.searchsorted(cumulative.T.contiguous(), positions.T.contiguous(), right=True).T
-        index = index.clamp_max(w.shape[0] - 1)
         order = torch.rand(index.shape, generator=generator, dtype=torch.float64).argsort(0)
         index = index.gather(0, order).reshape(total, *batch)
         draws = {name: _take(value.flatten(0, 1), index)[None] for name, value in self.draws.items()}

@@ -161,7 +161,9 @@ class Scribe(Messenger):
         name: str = msg["name"]  # type: ignore[assignment]
         site = self.sites.get(name)
         if site is None:
-            raise ProblemError(f"site {name!r} appears in some runs of the program only; sites must be the same always.")
+            raise ProblemError(
+                f"site {name!r} appears in some runs of the program only; sites must be the same always."
+            )
         fn: TorchDistributionMixin = msg["fn"]
         value = msg["value"]
         if site.role == "deterministic":
@@ -270,7 +272,9 @@ def _describe(name: str, msg: Message) -> Site:
         event_dim = _deterministic_event_dim(value.shape, plates)
         return Site(name, role, event_dim, plates if event_dim < value.dim() else (), tuple(value.shape))
     if role != "latent":
-        return Site(name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :]))
+        return Site(
+            name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :])
+        )
     try:
         discrete = bool(fn.support.is_discrete)
     except NotImplementedError:
@@ -280,7 +284,9 @@ def _describe(name: str, msg: Message) -> Site:
     if not discrete:
         transform = biject_to(fn.support)
         described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
-        described["unconstrained_event_dim"] = fn.event_dim - (transform.codomain.event_dim - transform.domain.event_dim)
+        described["unconstrained_event_dim"] = fn.event_dim - (
+            transform.codomain.event_dim - transform.domain.event_dim
+        )
     return Site(
         name,
         role,

@@ -71,7 +71,11 @@ class ImportanceSampling:
                 return f"discrete site {unlisted[0]!r} can be neither proposed nor summed out"
         if isinstance(proposal, Posterior) and not proposal.draws:
             raise ProblemError(f"the posterior given as proposal has no draws; status: {proposal.status}.")
-        if proposal == "auto" and density.improper and any(density.latents[n].support is None for n in density.discrete):
+        if (
+            proposal == "auto"
+            and density.improper
+            and any(density.latents[n].support is None for n in density.discrete)
+        ):
             return f"site {density.improper[0]!r} has an improper prior and a discrete site cannot be summed out"
         if not isinstance(proposal, str | Posterior):
             reason = as_engine(proposal).supports(density)

@@ -63,7 +63,10 @@ class NUTS:
         notes: tuple[str, ...] = ()
         if density.discrete:
             notes = (f"summed out exactly, not drawn: {', '.join(density.discrete)}",)
-        stats = {n: torch.stack([c[n] for c in chains]) for n in ("lp", "diverging", "acceptance_rate", "step_size", "n_steps")}
+        stats = {
+            n: torch.stack([c[n] for c in chains])
+            for n in ("lp", "diverging", "acceptance_rate", "step_size", "n_steps")
+        }
         state = {
             "position": u[:, -1],
             "step_size": torch.stack([c["step_size"][-1] for c in chains]),
@@ -76,8 +79,11 @@ class NUTS:
     ) -> dict[str, Any]:
         seed_all(run.child(chain).seed)
 
+        start = warm["position"][chain] if warm else self._start(density, shape)
+        value_and_grad = density.traced_value_and_grad(start)
+
         def potential(position: dict[str, Tensor]) -> Tensor:
-            return -density.log_joint(position["u"].reshape(shape)).sum()
+            return _Potential.apply(position["u"], value_and_grad, shape)
 
         with torch.enable_grad():
             kernel = Kernel(
@@ -88,7 +94,6 @@ class NUTS:
                 target_accept_prob=self.target_acceptance,
                 max_tree_depth=self.max_tree_depth,
             )
-            start = warm["position"][chain] if warm else self._start(density, shape)
             position = {"u": start.reshape(-1).clone()}
             kernel.initial_params = position
             warmup = 0 if warm else self.warmup_steps
@@ -131,3 +136,18 @@ class NUTS:
             f"no start with a finite log density and gradient in {self.initial_tries} draws of the prior; check the "
             "scale of the prior and the support of the data"
         )
+
+
+class _Potential(torch.autograd.Function):
+    """-log joint, whose gradient was computed with it."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, value_and_grad: Any, shape: tuple[int, ...]) -> Tensor:
+        value, gradient = value_and_grad(u.detach().reshape(shape))
+        ctx.save_for_backward(-gradient.reshape(-1))
+        return -value.sum()
+
+    @staticmethod
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return scale * gradient, None, None

@@ -53,7 +53,9 @@ class Quadrature:
         if start is not None and start.shape != (*density.batch_shape, density.dim):
             start = None  # other data: find the modes afresh
         with run.tuning():
-            fit = laplace(density, start=None if start is None else start.to(dtype=density.dtype, device=density.device))
+            fit = laplace(
+                density, start=None if start is None else start.to(dtype=density.dtype, device=density.device)
+            )
         u, log_weights = self._rule(density, fit, self.num_nodes)
         evidence = torch.logsumexp(log_weights, 0)
         coarse = torch.logsumexp(self._rule(density, fit, max(1, self.num_nodes - 2))[1], 0)

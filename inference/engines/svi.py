@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from ..density import Density
 from ..engine import Draws, EngineFailure, Run, as_chain, check_positive, settings
 from ..guides import AutoGuide, Guide, make_guide
-from ..learning import Learned, TrailWriter, minibatches
+from ..learning import Learned, TrailWriter, make_optimizer, steps
 from ..posterior import Evidence, evidence_from_weights
 from ..problem import Problem, ProblemError
 
@@ -69,10 +68,16 @@ class SVI:
             density.require_guide()
         elif not density.continuous:
             return f"{family} needs continuous latents and the model has none; pair the model with a guide"
-        if density.discrete and family is not None and any(density.latents[n].support is None for n in density.discrete):
+        if (
+            density.discrete
+            and family is not None
+            and any(density.latents[n].support is None for n in density.discrete)
+        ):
             return f"discrete site {density.discrete[0]!r} cannot be summed out; pair the model with a guide"
         if self.batch_size is not None and not density.batch_plates and density.data_plate is not None:
-            inside = [n for n, s in density.latents.items() if density.data_plate in s.plates and n in density.continuous]
+            inside = [
+                n for n, s in density.latents.items() if density.data_plate in s.plates and n in density.continuous
+            ]
             if inside and family is not None:
                 return (
                     f"site {inside[0]!r} lies in the minibatched plate beside global latents: {family} has one joint "
@@ -113,18 +118,13 @@ class SVI:
             return "AutoNormal"
         return None
 
-    def _steps(self, density: Density, guide: Guide, tensors: list[Tensor], run: Run) -> Iterator[float | Tensor]:
+    def _steps(self, density: Density, guide: Guide, tensors: list[Tensor], run: Run) -> Iterator[Tensor]:
         """One optimiser step a turn; yields the loss, the negative ELBO of all data."""
-        optimizer = self.optimizer(tensors, lr=self.learning_rate)
-        batches = minibatches(density, self.batch_size)
-        for step in range(self.num_steps):
-            with torch.enable_grad():
-                index = next(batches)
-                with nullcontext() if index is None else density.minibatch(index):
-                    loss = self.loss(density, guide)
-                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-            loss = loss.detach()
-            if not math.isfinite(float(loss)):
+        optimizer = make_optimizer(self.optimizer, tensors, self.learning_rate)
+        for step, (loss, *gradients) in enumerate(
+            steps(density, lambda: self.loss(density, guide), tensors, self.batch_size, self.num_steps)
+        ):
+            if not bool(loss.isfinite()):
                 raise EngineFailure(f"the ELBO became {-float(loss)} at step {step}; try a smaller learning_rate")
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
@@ -137,7 +137,9 @@ class SVI:
         """An estimate of the negative ELBO of all data, whose gradient is unbiased; () in nats."""
         z, log_q, log_score = guide.draw(self.num_particles)
         elbo = density.log_joint(z, jacobian=not guide.point) - log_q
-        surrogate = elbo if log_score is None else elbo + elbo.detach() * log_score - (elbo.detach() * log_score).detach()
+        surrogate = (
+            elbo if log_score is None else elbo + elbo.detach() * log_score - (elbo.detach() * log_score).detach()
+        )
         return -surrogate.sum() * (density.data_scale / self.num_particles)
 
     def _draws(self, density: Density, guide: Guide, notes: tuple[str, ...]) -> Draws:

@@ -20,7 +20,7 @@ from ..density import Density
 from ..engine import Draws, EngineFailure, Run, as_engine, check_positive, settings
 from ..engines.enumeration import Enumeration
 from ..engines.importance_sampling import ImportanceSampling
-from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, minibatches
+from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, make_optimizer, minibatches
 from ..problem import Problem, ProblemError
 
 
@@ -67,7 +67,9 @@ class EM:
             return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
         engine = self._engine(density)
         if self.m_step == "closed" and density.problem.m_step is None:
-            raise ProblemError(f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it.")
+            raise ProblemError(
+                f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it."
+            )
         if self.batch_size is not None:
             density.check_minibatch()
             if not density.batch_plates:
@@ -80,7 +82,7 @@ class EM:
     def fit(self, density: Density, run: Run) -> Learned:
         engine = self._engine(density)
         kind = self._kind(density, engine)
-        optimizer = self.optimizer(density.theta.tensors, lr=self.learning_rate)
+        optimizer = make_optimizer(self.optimizer, density.theta.tensors, self.learning_rate)
         batches = minibatches(density, self.batch_size)
         writer, draws, warm, last = TrailWriter("estimate", 1), None, {}, None
         notes: tuple[str, ...] = ()

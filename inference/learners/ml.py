@@ -8,14 +8,13 @@ Discrete latents, which can be summed out exactly, are allowed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import ClassVar
 
 import torch
 
 from ..density import Density
 from ..engine import EngineFailure, Run, check_positive, settings
-from ..learning import Learned, TrailWriter, minibatches
+from ..learning import Learned, TrailWriter, make_optimizer, steps
 from ..problem import ProblemError
 from .em import maximise
 
@@ -63,19 +62,20 @@ class ML:
 
             maximise(objective, tensors, self.num_steps)
             return Learned(writer.trail())
-        optimizer = (self.optimizer or torch.optim.Adam)(tensors, lr=self.learning_rate)
-        batches = minibatches(density, self.batch_size)
+        optimizer = make_optimizer(self.optimizer or torch.optim.Adam, tensors, self.learning_rate)
         writer = TrailWriter("exact" if self.batch_size is None else "estimate", self.num_steps)
-        for step in range(self.num_steps):
-            index = next(batches)
-            with torch.enable_grad(), nullcontext() if index is None else density.minibatch(index):
-                value = density.log_joint({}).sum() * density.data_scale
-                gradients = torch.autograd.grad(-value, tensors, allow_unused=True)
+
+        def loss() -> torch.Tensor:
+            return -density.log_joint({}).sum() * density.data_scale
+
+        for step, (value, *gradients) in enumerate(steps(density, loss, tensors, self.batch_size, self.num_steps)):
             if not bool(value.isfinite()):
-                raise EngineFailure(f"the log likelihood became {float(value)} at step {step}; try a smaller learning_rate")
+                raise EngineFailure(
+                    f"the log likelihood became {-float(value)} at step {step}; try a smaller learning_rate"
+                )
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()
-            writer.add(step, value.detach())
+            writer.add(step, -value)
             run.progress("gradient steps", step + 1, self.num_steps)
         return Learned(writer.trail())
