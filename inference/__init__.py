@@ -5,11 +5,12 @@ Engines and learners are found by folder scan and loaded when first named, so ad
 
 from typing import Any
 
-from . import engine
-from .engine import find_engine, find_learner, infer, why_not
+from . import registry
+from .engine import infer, why_not
 from .learn import Fit, learn
 from .posterior import Cost, Evidence, Posterior, Status
 from .problem import Problem, ProblemError, Reference
+from .registry import find_engine, find_learner
 
 __all__ = [
     "Cost",
@@ -29,7 +30,7 @@ __all__ = [
 
 
 def _methods() -> list[type]:
-    return [*engine.engines().values(), *engine.learners().values()]
+    return [*registry.engines().values(), *registry.learners().values()]
 
 
 def __getattr__(name: str) -> Any:

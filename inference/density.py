@@ -14,7 +14,6 @@ Every density also takes constrained values, site -> (*sample, *batch, *event), 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -22,16 +21,14 @@ from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
-from pyro import poutine
-from pyro.infer import config_enumerate
-from pyro.ops.contract import contract_to_tensor
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .compile import traced
-from .parameters import Parameters, find_parameters
+from .marginal import enumerated_trace, sum_out
+from .preflight import BATCHED, batches_over_draws, couples_data
 from .problem import Problem, ProblemError
-from .program import Plate, Reading, Scribe, Site, Survey, batched_randomness, is_improper
+from .program import Plate, Reading, Scribe, over_draws
+from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
 
@@ -93,12 +90,45 @@ class Density:
         self.backend = "eager"
         self._phi_given = False
         self._minibatch: tuple[Plate, Tensor, float] | None = None
-        self.theta = self.phi = Parameters({})
         with pyro.get_param_store().scope(self._store), torch.random.fork_rng(devices=[]):
-            self._survey_model()
-            self._survey_guide()
+            model = survey_model(problem)
+            guide = survey_guide(problem, model)
+        self.sites, self.theta, self.improper = model.sites, model.theta, model.improper
+        self.batch_plates, self.data_plate = model.batch_plates, model.data_plate
+        self.guide_sites, self.phi, self._guide_fault = guide.sites, guide.phi, guide.fault
+        self._layout()
         own = self.theta.dtype or self.phi.dtype or self._data_dtype()
         self._settle(dtype or (own if learning else torch.float64), own, parameters)
+
+    def _settle(self, dtype: torch.dtype, own: torch.dtype, parameters: Values | None) -> None:
+        """Choose the dtype, set the parameters, and see that the program does there what its first run promised."""
+        for attempt in dict.fromkeys((dtype, own)):
+            self._cast(attempt)
+            try:
+                with self, torch.no_grad(), torch.random.fork_rng(devices=[]):
+                    if parameters:
+                        self.set_parameters(parameters)
+                    self._preflight()
+                return
+            except RuntimeError as error:
+                if attempt == own or "dtype" not in str(error):
+                    raise ProblemError(f"the model failed when run again: {error}") from error
+                self.notes.append(f"the program cannot run in {_name(dtype)}; figures are in {_name(own)}")
+
+    def _preflight(self) -> None:
+        if self.latents and not any(s.support is None for s in self.latents.values() if s.discrete and self.improper):
+            values = self.some_values(3)
+            self.vectorised = batches_over_draws(self, values)
+            if not self.vectorised:
+                self.notes.append(BATCHED)
+            if self.batch_plates and couples_data(self, values):
+                self.notes.append(
+                    f"plate {self.batch_plates[0].name!r} couples its data (one datum's latent moves another's density), "
+                    "so all data are treated as one"
+                )
+                self.batch_plates = []
+                self._layout()
+        self.counts = {"evaluations": 0.0, "gradients": 0.0}
 
     # -- running inside: parameters lent, defaults set -----------------------------------------------------------
 
@@ -107,8 +137,8 @@ class Density:
         if self._depth == 1:
             with ExitStack() as stack:
                 stack.enter_context(pyro.get_param_store().scope(self._store))
-                stack.enter_context(self.theta.lend(self.learning))
-                stack.enter_context(self.phi.lend(self.learning))
+                stack.enter_context(self.theta.lend())
+                stack.enter_context(self.phi.lend())
                 stack.enter_context(_defaults(self.dtype, self.device))
                 self._exit = stack.pop_all()
         return self
@@ -117,27 +147,6 @@ class Density:
         self._depth -= 1
         if self._depth == 0:
             self._exit.close()
-
-    # -- what the program is -------------------------------------------------------------------------------------
-
-    def _survey_model(self) -> None:
-        for where, value in [*enumerate(self.args), *self.kwargs.items()]:
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise ProblemError(f"argument {where}: data must not require gradients; pass it detached.")
-        messages, outputs = self._run_survey(self.problem.model, "model", None)
-        self.sites = messages.sites()
-        inputs = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-        self.theta = find_parameters(outputs, self.problem.model, inputs)
-        sites = list(self.sites.values())
-        relevant = [s for s in sites if s.role != "deterministic"]
-        if not any(s.role in ("observed", "factor") for s in sites):
-            raise ProblemError("the model observes nothing: give data by obs=..., pyro.condition or pyro.factor.")
-        observed = [s for s in sites if s.role in ("observed", "factor")]
-        self.batch_plates = _common_plates(relevant)
-        shared = self.batch_plates or _common_plates(observed)
-        self.data_plate = max(shared, key=lambda p: p.size) if shared else None
-        self._layout()
-        self.improper = [n for n, m in messages.messages.items() if n in self.latents and is_improper(m["fn"])]
 
     def _layout(self) -> None:
         """Fix what follows from the sites and the batch plates."""
@@ -157,102 +166,11 @@ class Density:
         self._max_plate_nesting = max((-p.dim for s in self.sites.values() for p in s.plates), default=0)
         self._numel = sum(math.prod(s.shape) for s in self.sites.values()) + 1
 
-    def _survey_guide(self) -> None:
-        """Sites and parameters of the guide; a fault is kept until an engine asks for the guide."""
-        self._guide_fault: ProblemError | None = None
-        if self.problem.guide is None:
-            self._guide_fault = ProblemError(
-                f"problem {self.problem.name!r} has no guide: pass guide=... to Problem, or name an autoguide."
-            )
-            return
-        try:
-            messages, outputs = self._run_survey(self.problem.guide, "guide", self.latents)
-            sites = messages.sites()
-            for name, site in sites.items():
-                if site.role == "latent" and name not in self.latents and not site.auxiliary:
-                    raise ProblemError(
-                        f"guide site {name!r} is not a latent site of the model ({_list(self.latents)})."
-                    )
-                if site.role == "latent":
-                    missing = [p.name for p in self.batch_plates if p not in site.plates]
-                    if missing:
-                        raise ProblemError(
-                            f"guide site {name!r} is not inside plate {missing[0]!r} as in the model, so its density "
-                            "cannot be told apart by datum; put it inside the same plate, or name the autoguide "
-                            "(SVI(guide='AutoMultivariateNormal')) to get one per datum."
-                        )
-            missing = [n for n in self.latents if n not in sites and self.latents[n].support is None]
-            if missing:
-                raise ProblemError(f"the guide lacks site {missing[0]!r} of the model; sample it there too.")
-            inputs = [v for v in (*self.args, *self.kwargs.values()) if isinstance(v, Tensor)]
-            self.phi = find_parameters(outputs, self.problem.guide, inputs + self.theta.tensors)
-            self.guide_sites = {
-                name: replace(site, batch=tuple(p.dim for p in self.batch_plates)) for name, site in sites.items()
-            }
-        except ProblemError as error:
-            self._guide_fault = error
-
-    def _run_survey(self, program: Callable[..., Any], what: str, latents: Mapping[str, Site] | None) -> Any:
-        survey = Survey()
-        try:
-            with torch.enable_grad(), pyro.validation_enabled(True), survey:
-                program(*self.args, **self.kwargs)
-        except ProblemError:
-            raise
-        except Exception as error:
-            shapes = _list(tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in self.args)
-            raise ProblemError(
-                f"the {what} failed when run with arguments of shape {shapes}: {type(error).__name__}: {error}"
-            ) from error
-        outputs: list[Tensor] = []
-        for name, msg in survey.messages.items():
-            value: Any = msg["value"]
-            if isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any()):
-                where = "observed value" if msg["is_observed"] else "draw"
-                raise ProblemError(
-                    f"site {name!r}: the {where} contains NaN ({int(value.isnan().sum())} of {value.numel()}). "
-                    "Replace missing entries by any finite number and exclude them with poutine.mask."
-                )
-            try:
-                with (
-                    torch.enable_grad(),
-                    pyro.validation_enabled(bool(msg["is_observed"]) and msg["mask"] is not False),
-                ):
-                    log_prob = msg["fn"].log_prob(value)
-            except Exception as error:
-                raise ProblemError(
-                    f"site {name!r}: the value of shape {tuple(value.shape)} cannot be scored by "
-                    f"{type(msg['fn']).__name__}: {error}"
-                ) from error
-            if msg["is_observed"] and not site_is_subsample(msg):
-                _check_observed(name, msg, log_prob)
-            outputs.append(log_prob)
-            if latents is not None and not msg["is_observed"]:
-                outputs.append(value)
-        if latents is not None:  # a guide that only proposes points (Delta) shows its parameters in its values
-            outputs = [o for o in outputs if isinstance(o, Tensor)]
-        return survey, outputs
-
     def _data_dtype(self) -> torch.dtype:
         for value in (*self.args, *self.kwargs.values()):
             if isinstance(value, Tensor) and value.is_floating_point():
                 return value.dtype
         return torch.get_default_dtype()
-
-    def _settle(self, dtype: torch.dtype, own: torch.dtype, parameters: Values | None) -> None:
-        """Choose the dtype, set the parameters, and see that the batched program equals the plain one."""
-        for attempt in dict.fromkeys((dtype, own)):
-            self._cast(attempt)
-            try:
-                with self, torch.random.fork_rng(devices=[]):
-                    if parameters:
-                        self.set_parameters(parameters)
-                    self._check()
-                break
-            except RuntimeError as error:
-                if attempt == own or "dtype" not in str(error):
-                    raise ProblemError(f"the model failed when run again: {error}") from error
-                self.notes.append(f"the program cannot run in {_name(dtype)}; figures are in {_name(own)}")
 
     def _cast(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -260,43 +178,6 @@ class Density:
         self.phi.cast(dtype, self.device)
         self.args = tuple(_convert(v, dtype, self.device) for v in self.problem.args)
         self.kwargs = {k: _convert(v, dtype, self.device) for k, v in self.problem.kwargs.items()}
-
-    def _check(self) -> None:
-        """The batched program must equal the plain one, and one datum's latents must not move another's density."""
-        if not self.latents:
-            return
-        with torch.no_grad():
-            self.vectorised = False
-            values = self.prior(3).values if not self.improper else self.constrain(self._zeros(3))
-            plain = self._check_density(values)
-            self.vectorised = True
-            try:
-                batched = self._check_density(values)
-                self.vectorised = bool(torch.allclose(plain, batched, rtol=1e-3, atol=1e-3, equal_nan=True))
-            except RuntimeError:
-                self.vectorised = False
-            if not self.vectorised:
-                self.notes.append("the program cannot be batched over draws (its control flow depends on them): slower")
-            if self.batch_plates and self.batch_shape.numel() > 1:
-                moved = {n: v.clone() for n, v in values.items()}
-                flat = len(self.batch_shape)
-                for v in moved.values():  # draw 0 of the first datum takes the value of draw 1
-                    v.flatten(1, flat)[0, 0] = v.flatten(1, flat)[1, 0]
-                before, after = plain[0].flatten()[1:], self._check_density(moved)[0].flatten()[1:]
-                if not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True):
-                    self.notes.append(
-                        f"plate {self.batch_plates[0].name!r} couples its data (one datum's latent moves another's "
-                        "density), so it is treated as one"
-                    )
-                    self.batch_plates = []
-                    self._layout()
-        self.counts = {"evaluations": 0.0, "gradients": 0.0}
-
-    def _check_density(self, values: Values) -> Tensor:
-        return self._map(lambda v: self._run(v).log_likelihood, dict(values), 3)
-
-    def _zeros(self, count: int) -> Tensor:
-        return torch.zeros(count, *self.batch_shape, self.dim)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -332,7 +213,7 @@ class Density:
         arguments cannot be sliced."""
         plate = self.sliceable()
         args, kwargs, minibatch = self.args, self.kwargs, self._minibatch
-        take = lambda v: v[index] if _is_data(v, plate.size) else v  # noqa: E731
+        take = lambda v: v[index] if _is_data(v, plate.size) else v
         self.args, self.kwargs = tuple(take(v) for v in args), {k: take(v) for k, v in kwargs.items()}
         self._minibatch = (plate, index, 1.0 if self.batch_plates else plate.size / len(index))
         try:
@@ -370,42 +251,16 @@ class Density:
             )
         return plate
 
-    def check_minibatch(self) -> None:
-        """See that rows of the data give the rows' own densities. Raises `ProblemError` where they do not."""
-        plate = self.sliceable()
-        index = torch.arange(plate.size - 1, -1, -2)[: max(1, plate.size // 2)].to(self.device or "cpu")
-        with self, torch.no_grad(), torch.random.fork_rng(devices=[]):
-            values = {n: v[:1] for n, v in self.prior(1).values.items()} if self.latents else {}
-            full = self._per_datum(values, plate)
-            rows = {n: v[:, index] if self.batch_plates else v for n, v in values.items()}
-            try:
-                with self.minibatch(index):
-                    part = self._per_datum(rows, plate)
-                fits = part.shape == full[index].shape and torch.allclose(part, full[index], rtol=1e-3, atol=1e-3)
-            except (RuntimeError, ValueError, IndexError) as error:
-                raise ProblemError(
-                    f"the model fails on {len(index)} of {plate.size} rows of its data: {error}"
-                ) from error
-        if not fits:
-            raise ProblemError(
-                f"the model gives other densities on {len(index)} rows of plate {plate.name!r} than on all "
-                f"{plate.size}: an argument whose first dimension is {plate.size} is no data, or data are closed over."
-            )
-
-    def _per_datum(self, values: Values, plate: Plate) -> Tensor:
-        """The likelihood of each row of the data plate, (N,)."""
-        inputs = {n: self.latents[n].to_pyro(v[0], self.latents[n].event_dim) for n, v in values.items()}
-        scribe = Scribe(self.sites, inputs, minibatch=self._minibatch and (*self._minibatch[:2], 1.0), want=_POINTWISE)
-        with scribe:
-            self.problem.model(*self.args, **self.kwargs)
-        total: Any = 0.0
-        for name, log_prob in scribe.reading.pointwise.items():
-            log_prob = self.sites[name].to_pyro(log_prob, 0)
-            others = [d for d in range(-log_prob.dim(), 0) if d != plate.dim]
-            total = total + (log_prob.sum(others) if others else log_prob)
-        return total
-
     # -- draws ---------------------------------------------------------------------------------------------------
+
+    def some_values(self, count: int) -> dict[str, Tensor]:
+        """Values of the latents to try things on: draws of the prior, or the image of zero where it is improper."""
+        if not self.latents:
+            return {}
+        if not self.improper:
+            return self.prior(count).values
+        u = torch.zeros((count, *self.batch_shape, self.dim), dtype=self.dtype, device=self.device)
+        return self.constrain(u)
 
     def prior(self, count: int) -> PriorDraws:
         """Draws of the latents from the prior. Raises `ProblemError` where a site has no proper prior."""
@@ -464,6 +319,14 @@ class Density:
     def pointwise(self, values: Values) -> dict[str, Tensor]:
         """Observed site -> log likelihood of each observation, (*sample, *batch, *other plates)."""
         return self._over_samples(lambda v: self._run(v, want=_POINTWISE).pointwise, values)
+
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """Observed site -> its data, (*batch, *other plates, *event)."""
+        with self:
+            values = {n: v[0] for n, v in self.some_values(1).items()}
+            recorded = self._run(values, want=_VALUES).values
+        return {n: recorded[n].detach().cpu() for n, s in self.sites.items() if s.role == "observed"}
 
     def constrain(self, u: Tensor, deterministic: bool = False) -> dict[str, Tensor]:
         """u (*sample, *batch, D) -> site -> (*sample, *batch, *event), with `pyro.deterministic` sites if asked."""
@@ -567,38 +430,14 @@ class Density:
         return given
 
     def _run_marginal(self, z: Any) -> tuple[Tensor, Any]:
-        """The log joint with the discrete latents that z lacks summed out, by Pyro's tensor variable elimination."""
-        local = self._minibatch and (*self._minibatch[:2], 1.0)  # scaling comes after the sums, or it is wrong
-        scribe = Scribe(
-            self.sites, self._given(z), transformed=isinstance(z, Tensor), minibatch=local, want=frozenset({"trace"})
-        )
-        program = poutine.enum(
-            config_enumerate(self.problem.model, "parallel"), first_available_dim=-1 - self._max_plate_nesting
-        )
+        """The log joint and the log-Jacobian with the discrete latents that z lacks summed out."""
+        # scaling comes after the sums, or it is wrong
+        local = self._minibatch and (*self._minibatch[:2], 1.0)
+        scribe = Scribe(self.sites, self._given(z), transformed=isinstance(z, Tensor), minibatch=local, want=_TRACE)
         with scribe:
-            trace = poutine.trace(program).get_trace(*self.args, **self.kwargs)
-        trace.compute_log_prob()
-        trace.pack_tensors()
-        symbols = trace.plate_to_symbol
-        factors: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
-        for site in trace.nodes.values():
-            if site["type"] == "sample" and not site_is_subsample(site):
-                ordinal = frozenset(symbols[f.name] for f in site["cond_indep_stack"] if f.vectorized)
-                factors.setdefault(ordinal, []).append(site["packed"]["log_prob"])
-        sum_dims = set(trace.symbol_to_dim) - set(symbols.values())
-        scale = self._minibatch[2] if self._minibatch else 1.0
-        if scale != 1.0:
-            plate = symbols[self._minibatch[0].name]  # type: ignore[index]
-            inside = OrderedDict((o, t) for o, t in factors.items() if plate in o)
-            outside = OrderedDict((o, t) for o, t in factors.items() if plate not in o)
-            total = scale * contract_to_tensor(inside, sum_dims, frozenset())
-            if outside:
-                total = total + contract_to_tensor(outside, sum_dims, frozenset())
-            return total, scribe.reading.log_jacobian
-        wanted = [symbols[p.name] for p in self.batch_plates]
-        total = contract_to_tensor(factors, sum_dims, frozenset(wanted))
-        order = [total._pyro_dims.index(symbol) for symbol in wanted]
-        return total.permute(order), scribe.reading.log_jacobian
+            trace = enumerated_trace(self.problem.model, self.args, self.kwargs, self._max_plate_nesting)
+        scaled = (self._minibatch[0].name, self._minibatch[2]) if self._minibatch else None
+        return sum_out(trace, [p.name for p in self.batch_plates], scaled), scribe.reading.log_jacobian
 
     def _filled(self, value: Any) -> Tensor:
         """A per-element figure, as a tensor of the batch's shape even where no site added to it."""
@@ -621,12 +460,11 @@ class Density:
                 for n, v in z.items()
                 if n in self.latents
             }
-            if not flat:
-                flat = torch.zeros(1)
-                return self._map(lambda _: function({}), flat, 1)[0]
+            if not flat:  # nothing to give: one run tells all
+                return self._map(lambda _: function({}), torch.zeros(1), 1)[0]
         count = math.prod(sample)
         result = self._map(function, flat, count, random=random)
-        reshape = lambda t: t.reshape((*sample, *t.shape[1:]))  # noqa: E731
+        reshape = lambda t: t.reshape((*sample, *t.shape[1:]))
         return {n: reshape(t) for n, t in result.items()} if isinstance(result, dict) else reshape(result)
 
     def _map(
@@ -641,33 +479,14 @@ class Density:
             grad = torch.is_grad_enabled() and (self.learning or any(t.requires_grad for t in tensors))
             self.counts["gradients" if grad else "evaluations"] += count * share
         with self, pyro.validation_enabled(False):
-            if count == 1:
-                one = inputs[0] if isinstance(inputs, Tensor) else {n: v[0] for n, v in inputs.items()}
-                return _tree(lambda t: t[None], function(one))
-            if self.vectorised:
-                chunk = max(1, _CHUNK // self._numel)
-                with ExitStack() as stack:
-                    if random:
-                        stack.enter_context(batched_randomness())
-                    try:
-                        return torch.func.vmap(
-                            function,
-                            chunk_size=chunk if chunk < count else None,
-                            randomness="different" if random else "error",
-                        )(inputs)
-                    except RuntimeError as error:
-                        if "vmap" not in str(error) and "functorch" not in str(error):
-                            raise
-            rows = [
-                function(inputs[i] if isinstance(inputs, Tensor) else {n: v[i] for n, v in inputs.items()})
-                for i in range(count)
-            ]
-            return _stack(rows)
+            chunk = max(1, _CHUNK // self._numel)
+            return over_draws(function, inputs, count, vectorised=self.vectorised, chunk=chunk, random=random)
 
 
 _VALUES = frozenset({"values"})
 _POINTWISE = frozenset({"pointwise"})
 _UNCONSTRAINED = frozenset({"unconstrained"})
+_TRACE = frozenset({"trace"})
 
 
 @contextmanager
@@ -682,18 +501,6 @@ def _defaults(dtype: torch.dtype, device: torch.device | None) -> Iterator[None]
         torch.set_default_dtype(old)
 
 
-def _common_plates(sites: list[Site]) -> list[Plate]:
-    """The plates that every one of these sites is in, left to right."""
-    if not sites:
-        return []
-    return [p for p in sites[0].plates if all(p in s.plates for s in sites)]
-
-
-def _check_observed(name: str, msg: Any, log_prob: Tensor) -> None:
-    if bool(log_prob.isnan().any()):
-        raise ProblemError(f"site {name!r}: the log probability of the observed value is NaN; check its distribution.")
-
-
 def _is_data(value: Any, size: int) -> bool:
     return isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == size
 
@@ -702,26 +509,6 @@ def _convert(value: Any, dtype: torch.dtype, device: torch.device | None) -> Any
     if not isinstance(value, Tensor):
         return value
     return value.to(dtype=dtype if value.is_floating_point() else value.dtype, device=device)
-
-
-def _tree(function: Callable[[Tensor], Tensor], result: Any) -> Any:
-    if isinstance(result, Tensor):
-        return function(result)
-    if isinstance(result, dict):
-        return {n: _tree(function, v) for n, v in result.items()}
-    return tuple(_tree(function, v) for v in result)
-
-
-def _stack(rows: list[Any]) -> Any:
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows)
-    if isinstance(rows[0], dict):
-        return {n: torch.stack([r[n] for r in rows]) for n in rows[0]}
-    return tuple(_stack([r[i] for r in rows]) for i in range(len(rows[0])))
-
-
-def _list(items: Any) -> str:
-    return ", ".join(str(i) for i in items) or "none"
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import math
 import numbers
-import pkgutil
 import random
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
-from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar, dataclass_transform
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -25,12 +20,14 @@ from .density import Density
 from .diagnostics import diagnose
 from .posterior import Cost, Evidence, Posterior, Status
 from .problem import Problem, ProblemError
+from .registry import as_engine
+from .settings import options
 
 if TYPE_CHECKING:
     from .learn import Fit
 
 
-class EngineFailure(RuntimeError):
+class EngineError(RuntimeError):
     """The engine cannot give an answer here (all weights zero, no finite start ...); becomes a failed status."""
 
 
@@ -170,7 +167,7 @@ def _run(density: Density, engine: Engine, run: Run, seed: int) -> Posterior:
     except ProblemError:
         raise
     except Exception as error:
-        reason = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         status = Status("failed", reason)
     cost = run.cost(time.perf_counter() - start, peak_memory() - memory)
     return finish(draws, density, status, cost, engine, seed)
@@ -203,11 +200,11 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
     }
     if draws is None or not status.done:
         return Posterior({}, **common)
-    move = lambda tensors: {name: value.detach().cpu() for name, value in tensors.items()}  # noqa: E731
+    move = lambda tensors: {name: value.detach().cpu() for name, value in tensors.items()}
     values, stats = move(draws.values), move(draws.sample_stats)
     log_weights = None if draws.log_weights is None else draws.log_weights.detach().cpu()
     diagnostics = diagnose(
-        values,
+        {name: value for name, value in values.items() if name in density.latents},
         log_weights,
         draws.kind,
         stats,
@@ -233,164 +230,12 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value[None] for name, value in values.items()}
 
 
-# -- settings ----------------------------------------------------------------------------------------------------
-
-_FOREIGN = {  # spellings of PyMC, Stan and NumPyro
-    "draws": "num_samples",
-    "n_samples": "num_samples",
-    "iter_sampling": "num_samples",
-    "tune": "warmup_steps",
-    "num_warmup": "warmup_steps",
-    "iter_warmup": "warmup_steps",
-    "chains": "num_chains",
-    "lr": "learning_rate",
-    "steps": "num_steps",
-    "n": "num_steps",
-    "particles": "num_particles",
-}
-
-T = TypeVar("T")
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True)
-def settings(cls: type[T]) -> type[T]:
-    """A frozen dataclass whose unknown settings are refused with the nearest name, and whose counts are checked."""
-    cls = dataclass(frozen=True, kw_only=True)(cls)
-    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    counts = [n for n in names if n.startswith("num_") or n in ("warmup_steps", "batch_size")]
-    plain = cls.__init__
-
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
-        if args:
-            raise ProblemError(f"{cls.__name__} takes settings by name: {', '.join(names)}.")
-        for key in kwargs:
-            if key not in names:
-                raise ProblemError(f"{cls.__name__} has no setting {key!r}. {_nearest(key, names)}")
-        plain(self, **kwargs)
-        for name in counts:
-            check_count(self, name)
-
-    cls.__init__ = __init__  # type: ignore[method-assign]
-    return cls
-
-
-def check_count(engine: Any, name: str) -> None:
-    """A count is a whole number of at least 1 (warmup_steps: 0); None stays None where it is the default."""
-    value = getattr(engine, name)
-    if value is None and getattr(type(engine), name, 0) is None:
-        return
-    least = 0 if name == "warmup_steps" else 1
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-        raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a whole number of at least {least}.")
-
-
-def check_positive(engine: Any, *names: str) -> None:
-    for name in names:
-        value = getattr(engine, name)
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
-            raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a positive number.")
-
-
-def options(method: Any) -> dict[str, Any]:
-    """The settings of an engine or learner as plain data: what a record needs to say how it was run."""
-
-    def plain(value: Any) -> Any:
-        if value is None or isinstance(value, bool | int | float | str):
-            return value
-        if is_dataclass(value) and hasattr(value, "name") and not isinstance(value, type):
-            return {"name": value.name, **options(value)}  # type: ignore[attr-defined]
-        if isinstance(value, Posterior):
-            return f"posterior of {value.engine}"
-        return getattr(value, "__name__", type(value).__name__)
-
-    return {f.name: plain(getattr(method, f.name)) for f in fields(method)}
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    if _FOREIGN.get(name) in names:
-        return f"Did you mean {_FOREIGN[name]!r}?"
-    near = difflib.get_close_matches(name, names, 1)
-    return f"Did you mean {near[0]!r}?" if near else f"Settings: {', '.join(names)}."
-
-
-# -- discovery ---------------------------------------------------------------------------------------------------
-
-
-def engines() -> dict[str, type]:
-    """name -> engine class: every file in `engines/`, and the entry points `pyrometer.engines`."""
-    return _discover("engines", "run")
-
-
-def learners() -> dict[str, type]:
-    """name -> learner class: every file in `learners/`, engines that learn, and the entry points `pyrometer.learners`."""
-    own = {name: cls for name, cls in engines().items() if hasattr(cls, "fit")}
-    return dict(sorted({**own, **_discover("learners", "fit")}.items()))
-
-
-def find_engine(name: str) -> type:
-    """The engine of this name or unique beginning of a name. Raises `ProblemError`, with the nearest name."""
-    return _find(name, engines(), "engine")
-
-
-def find_learner(name: str) -> type:
-    """The learner of this name or unique beginning of a name. Raises `ProblemError`, with the nearest name."""
-    return _find(name, learners(), "learner")
-
-
-def as_engine(engine: Any) -> Any:
-    """An engine from an instance, a class or a name."""
-    return _instance(engine, find_engine, "run", "engine")
-
-
-def as_learner(learner: Any) -> Any:
-    """A learner from an instance, a class or a name."""
-    return _instance(learner, find_learner, "fit", "learner")
-
-
-def _instance(method: Any, find: Callable[[str], type], verb: str, word: str) -> Any:
-    if isinstance(method, str):
-        method = find(method)
-    if isinstance(method, type) and hasattr(method, verb):
-        method = method()
-    if isinstance(method, type) or not hasattr(method, verb):
-        raise ProblemError(f"{method!r} is no {word}: pass an instance such as SVI(num_steps=500), a class or a name.")
-    return method
-
-
-def _discover(folder: str, verb: str) -> dict[str, type]:
-    found: dict[str, type] = {}
-    package = importlib.import_module(f".{folder}", __package__)
-    for module_info in pkgutil.iter_modules(package.__path__):
-        module = importlib.import_module(f".{folder}.{module_info.name}", __package__)
-        for value in vars(module).values():
-            if isinstance(value, type) and value.__module__ == module.__name__ and hasattr(value, verb):
-                name = getattr(value, "name", None)
-                if isinstance(name, str):
-                    found[name] = value
-    for entry in entry_points(group=f"pyrometer.{folder}"):
-        found.setdefault(entry.name, entry.load())
-    return dict(sorted(found.items()))
-
-
-def _find(name: str, known: Mapping[str, type], word: str) -> type:
-    key = name.strip().lower().replace("-", "_")
-    matches = [n for n in known if n == key] or [n for n in known if n.startswith(key)] if key else []
-    if len(matches) == 1:
-        return known[matches[0]]
-    near = matches or difflib.get_close_matches(key, known, 1)
-    hint = f"Did you mean {' or '.join(map(repr, near))}?" if near else f"There are: {', '.join(known)}."
-    raise ProblemError(f"no {word} {name!r}. {hint}")
-
-
-# -- isolation ---------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def isolated(seed: int) -> Iterator[None]:
     """Seed every generator for the run and give the global ones back as they were. Raises on a bad seed."""
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
         raise ProblemError(f"seed = {seed!r}: expected a whole number from 0 to 2**64 - 1.")
-    states = random.getstate(), np.random.get_state()  # noqa: NPY002
+    states = random.getstate(), np.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
         seed_all(np.random.SeedSequence(int(seed)))
@@ -398,14 +243,14 @@ def isolated(seed: int) -> Iterator[None]:
             yield
         finally:
             random.setstate(states[0])
-            np.random.set_state(states[1])  # noqa: NPY002
+            np.random.set_state(states[1])
 
 
 def seed_all(sequence: np.random.SeedSequence) -> None:
     """Seed torch, numpy and random from one seed sequence (neighbouring seeds share nothing)."""
     words = sequence.generate_state(3, np.uint64)
     torch.manual_seed(int(words[0]) >> 1)
-    np.random.seed(int(words[1]) % 2**32)  # noqa: NPY002
+    np.random.seed(int(words[1]) % 2**32)
     random.seed(int(words[2]))
 
 

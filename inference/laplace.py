@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import EngineFailure
+from .engine import EngineError
 
 
 class GaussianFit(NamedTuple):
@@ -29,7 +29,7 @@ def laplace(
     """The Gaussian at the highest of the modes found, with the curvature there.
 
     start  (*batch, D) to climb from; None: several draws of the prior, climbed side by side
-    Raises `EngineFailure` where no finite start is found.
+    Raises `EngineError` where no finite start is found.
     """
     u = _starts(density) if start is None else start[None]
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
@@ -58,7 +58,7 @@ def laplace(
     u, hessian = _pick(u, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
     if not bool(eigenvalues.isfinite().all()):
-        raise EngineFailure("the curvature of the log joint at its mode is not finite")
+        raise EngineError("the curvature of the log joint at its mode is not finite")
     # flat or upward directions get the unit width of the standardised prior rather than an endless one
     variance = torch.where(eigenvalues > 1e-6, 1 / eigenvalues, torch.ones_like(eigenvalues))
     covariance = (vectors * variance[..., None, :]) @ vectors.mT
@@ -74,7 +74,7 @@ def moments(u: Tensor, weights: Tensor) -> GaussianFit:
     jitter = 1e-10 * torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     tril, failed = torch.linalg.cholesky_ex(covariance + jitter)
     if bool(failed.any()):
-        raise EngineFailure("the draws do not span the space of the latents: their covariance is singular")
+        raise EngineError("the draws do not span the space of the latents: their covariance is singular")
     return GaussianFit(mean, tril)
 
 
@@ -98,7 +98,7 @@ def _starts(density: Density, count: int = 4, tries: int = 20) -> Tensor:
     value = density.log_joint(u)
     value = torch.where(value.isnan(), torch.full_like(value, -math.inf), value)
     if not bool(value.amax(0).isfinite().all()):
-        raise EngineFailure("the log joint is not finite at any of the starting points drawn from the prior")
+        raise EngineError("the log joint is not finite at any of the starting points drawn from the prior")
     order = value.argsort(0, descending=True)[:count]
     order = torch.where(value.gather(0, order).isfinite(), order, order[:1])
     return u.gather(0, order[..., None].expand(*order.shape, u.shape[-1]))

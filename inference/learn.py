@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import EngineFailure, Run, as_learner, finish, isolated, options, peak_memory, reporter
+from .engine import EngineError, Run, finish, isolated, peak_memory, reporter
 from .learning import Learned, Trail, TrailWriter, check_learnable
 from .posterior import Cost, Posterior, Status
 from .problem import Problem, ProblemError
+from .registry import as_learner
+from .settings import options
 
 
 class Learner(Protocol):
@@ -92,7 +94,7 @@ def learn(
             except ProblemError:
                 raise
             except Exception as error:
-                reason = str(error) if isinstance(error, EngineFailure) else f"{type(error).__name__}: {error}"
+                reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
                 status = Status("failed", reason)
             cost = run.cost(time.perf_counter() - start, peak_memory() - memory)
             theta = density.theta.values()

@@ -89,34 +89,20 @@ class Parameters:
         self._kept = [value.to(dtype=dtype, device=device) for value in self._kept]
 
     @contextmanager
-    def frozen(self) -> Iterator[None]:
-        """Inside, the leaves take no gradients."""
-        before = [t.requires_grad for t in self.tensors]
-        for tensor in self.tensors:
-            tensor.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for tensor, requires_grad in zip(self.tensors, before, strict=True):
-                tensor.requires_grad_(requires_grad)
-
-    @contextmanager
-    def lend(self, learning: bool) -> Iterator[None]:
+    def lend(self) -> Iterator[None]:
         """Put this run's values into the leaves; at the end keep them here and give the owner's back."""
-        owner = [(t.data, t.grad, t.requires_grad) for t in self.tensors]
+        owner = [(t.data, t.grad) for t in self.tensors]
         for tensor, value in zip(self.tensors, self._kept, strict=True):
             tensor.grad = None
             tensor.data = value
-            tensor.requires_grad_(learning)
         try:
             yield
         finally:
             self._kept = [t.data for t in self.tensors]
-            for tensor, (value, grad, requires_grad) in zip(self.tensors, owner, strict=True):
+            for tensor, (value, grad) in zip(self.tensors, owner, strict=True):
                 tensor.grad = None
                 tensor.data = value
                 tensor.grad = grad
-                tensor.requires_grad_(requires_grad)
 
 
 def find_parameters(outputs: list[Tensor], program: Callable[..., Any], exclude: list[Tensor]) -> Parameters:

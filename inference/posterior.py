@@ -241,14 +241,14 @@ class Posterior:
 
     def save(self, path: str | Path) -> Path:
         """Write to one netCDF file, atomically; returns the path."""
-        from .interop import save
+        from .storage import save
 
         return save(self, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> Posterior:
         """Read what `save` wrote. Raises ValueError, naming the file, where it is not a whole posterior."""
-        from .interop import load
+        from .storage import load
 
         return load(Path(path))
 

@@ -17,10 +17,11 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_factor, site_is_subsample
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from .problem import ProblemError
 
@@ -187,6 +188,9 @@ class Scribe(Messenger):
                 self.reading.unconstrained[name] = site.to_own(unconstrained, site.unconstrained_event_dim)
         else:
             self.reading.log_likelihood = self.reading.log_likelihood + self._per_element(log_prob, site)
+            if "values" in self.want and site.role == "observed":
+                shape = torch.Size((*fn.batch_shape, *value.shape[value.dim() - site.event_dim :]))
+                self.reading.values[name] = site.to_own(value.expand(shape), site.event_dim)
             if "pointwise" in self.want and site.role == "observed":
                 self.reading.pointwise[name] = site.to_own(log_prob, 0)
 
@@ -206,119 +210,6 @@ class Scribe(Messenger):
             return log_prob.sum()
         dims = [d for d in range(-log_prob.dim(), 0) if d not in site.batch]
         return log_prob.sum(dims) if dims else log_prob
-
-
-class Survey(Messenger):
-    """First run: which sites there are. Draws where it can; an improper site starts at the image of zero."""
-
-    def __init__(self, given: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__()
-        self.given = given or {}
-        self.messages: dict[str, Message] = {}
-
-    def _process_message(self, msg: Message) -> None:
-        if msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
-            return
-        if msg["name"] in self.given:
-            msg["value"] = self.given[msg["name"]]
-        elif msg["value"] is None and is_improper(msg["fn"]):
-            transform = biject_to(msg["fn"].support)
-            shape = transform.inverse_shape(msg["fn"].shape())
-            msg["value"] = transform(torch.zeros(shape))
-
-    def _postprocess_message(self, msg: Message) -> None:
-        if msg["type"] != "sample":
-            return
-        name: str = msg["name"]  # type: ignore[assignment]
-        if site_is_subsample(msg):
-            fn = msg["fn"]
-            if fn.subsample_size is not None and fn.subsample_size < fn.size:
-                raise ProblemError(
-                    f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}: remove subsample_size from the "
-                    "program; engines make the minibatches themselves (batch_size=...)."
-                )
-            return
-        if name in self.messages:
-            raise ProblemError(f"two sample sites are named {name!r}; every name must be used once.")
-        self.messages[name] = msg.copy()
-
-    def sites(self) -> dict[str, Site]:
-        return {name: _describe(name, msg) for name, msg in self.messages.items()}
-
-
-def is_improper(fn: Any) -> bool:
-    while hasattr(fn, "base_dist") and type(fn).__name__ != "ImproperUniform":
-        fn = fn.base_dist
-    return type(fn).__name__ == "ImproperUniform"
-
-
-def _describe(name: str, msg: Message) -> Site:
-    fn: Any = msg["fn"]
-    value: Any = msg["value"]
-    infer = msg["infer"] or {}
-    if infer.get("_deterministic"):
-        role = "deterministic"
-    elif site_is_factor(msg):
-        role = "factor"
-    else:
-        role = "observed" if msg["is_observed"] else "latent"
-    plates = tuple(
-        sorted(
-            (Plate(f.name, f.dim, int(f.full_size or f.size)) for f in msg["cond_indep_stack"] if f.vectorized),
-            key=lambda p: p.dim,
-        )
-    )
-    if role == "deterministic":
-        event_dim = _deterministic_event_dim(value.shape, plates)
-        return Site(name, role, event_dim, plates if event_dim < value.dim() else (), tuple(value.shape))
-    if role != "latent":
-        return Site(
-            name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :])
-        )
-    try:
-        discrete = bool(fn.support.is_discrete)
-    except NotImplementedError:
-        discrete = bool(fn.has_enumerate_support)
-    shape = tuple(value.shape)
-    described: dict[str, Any] = {}
-    if not discrete:
-        transform = biject_to(fn.support)
-        described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
-        described["unconstrained_event_dim"] = fn.event_dim - (
-            transform.codomain.event_dim - transform.domain.event_dim
-        )
-    return Site(
-        name,
-        role,
-        fn.event_dim,
-        plates,
-        shape,
-        discrete=discrete,
-        support=_support(fn) if discrete else None,
-        auxiliary=bool(infer.get("is_auxiliary")),
-        reparameterised=bool(fn.has_rsample),
-        **described,
-    )
-
-
-def _support(fn: Any) -> Tensor | None:
-    """All values of one element of an enumerable site, (k, *event); None where they cannot be listed."""
-    if not fn.has_enumerate_support:
-        return None
-    try:
-        values = fn.enumerate_support(expand=False)
-    except NotImplementedError:  # elements with supports of their own, say binomials of unlike totals
-        return None
-    return values.reshape((-1, *fn.event_shape))
-
-
-def _deterministic_event_dim(shape: torch.Size, plates: tuple[Plate, ...]) -> int:
-    """Pyro takes all of a deterministic value for event; here the plates are looked for among its dimensions."""
-    for event_dim in range(len(shape)):
-        rest = shape[: len(shape) - event_dim]
-        if all(-p.dim <= len(rest) and rest[p.dim] == p.size for p in plates):
-            return event_dim
-    return len(shape)
 
 
 # In-place random operations act on a fresh, unbatched tensor, which vmap refuses; these are the same draws out of place.
@@ -351,3 +242,32 @@ def batched_randomness() -> Iterator[None]:
     """Let `torch.func.vmap(..., randomness='different')` draw from any distribution it can."""
     with _OutOfPlaceRandomness(), mock.patch("torch.distributions.dirichlet._Dirichlet", _DirichletByGammas):
         yield
+
+
+def over_draws(
+    function: Callable[[Any], Any], inputs: Any, count: int, *, vectorised: bool, chunk: int, random: bool
+) -> Any:
+    """Apply a function of one draw along the first dimension of its inputs (a tensor or a dict of tensors): by vmap,
+    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws."""
+
+    def row(i: int) -> Any:
+        return inputs[i] if isinstance(inputs, Tensor) else {n: v[i] for n, v in inputs.items()}
+
+    if count == 1:  # vmap costs more than it saves
+        return tree_map(lambda t: t[None], function(row(0)))
+    if vectorised:
+        mapped = torch.func.vmap(
+            function,
+            chunk_size=chunk if chunk < count else None,
+            randomness="different" if random else "error",
+        )
+        if not random:
+            return mapped(inputs)
+        try:
+            with batched_randomness():
+                return mapped(inputs)
+        except RuntimeError as error:  # a distribution that vmap cannot draw from
+            if "vmap" not in str(error) and "functorch" not in str(error):
+                raise
+    rows = [function(row(i)) for i in range(count)]
+    return tree_map(lambda *tensors: torch.stack(tensors), *rows)

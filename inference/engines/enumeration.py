@@ -13,8 +13,9 @@ from typing import ClassVar
 import torch
 
 from ..density import Density
-from ..engine import Draws, Run, as_chain, settings
+from ..engine import Draws, Run, as_chain
 from ..posterior import Evidence
+from ..settings import settings
 
 
 @settings

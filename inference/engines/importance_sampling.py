@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from ..density import Density, Values
-from ..engine import Draws, EngineFailure, Run, as_chain, as_engine, check_positive, options, settings
+from ..engine import Draws, EngineError, Run, as_chain
 from ..guides import AutoGuide, PairedGuide, make_guide
 from ..interop import psis
 from ..laplace import laplace, moments, student_t
 from ..learning import flat_draws
 from ..posterior import Posterior, evidence_from_weights
 from ..problem import ProblemError
+from ..registry import as_engine
+from ..settings import check_positive, options, settings
 
 
 @settings
@@ -31,7 +33,7 @@ class ImportanceSampling:
                      mode; a fitted `Posterior` (its guide, or a t with its moments); an engine to fit first;
                      'auto': the guide where `parameters=Fit` brought a learned one or it has nothing to learn, else
                      laplace or prior, whichever a pilot of 200 draws finds more effective
-    pareto_smoothed  smooth the largest weights of each datum before use (the evidence is then no longer unbiased)
+    pareto_smoothed  smooth the largest weights of each datum before use (the evidence stays that of the raw weights)
     degrees          of freedom of the t proposals: small ones have tails that cover more
     """
 
@@ -89,16 +91,15 @@ class ImportanceSampling:
             proposal = self._pilot(density, run)
             notes = (f"proposal: {proposal}, the best of a pilot",)
         z, log_weights = self._weighted(proposal, density, run, self.num_samples)
-        log_weights = log_weights.double().cpu()
-        evidence = evidence_from_weights(log_weights)
-        if self.pareto_smoothed:
-            log_weights, _ = psis(log_weights)
+        raw = log_weights.double().cpu()
+        evidence = evidence_from_weights(raw)
+        log_weights = psis(raw)[0] if self.pareto_smoothed else raw
         values = density.constrain(z) if isinstance(z, Tensor) else dict(z)
         missing = [n for n in density.latents if n not in values]
         if missing:
             notes = (*notes, f"summed out exactly, not drawn: {', '.join(missing)}")
         values |= density.deterministic(values) if not missing else {}
-        return Draws(as_chain(values), "weighted", log_weights[None], evidence, notes=notes)
+        return Draws(as_chain(values), "weighted", log_weights[None], evidence, notes=notes, log_ratio=raw)
 
     def _weighted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
         """Draws (count, *batch, ...) of a proposal and their log weights (count, *batch)."""
@@ -115,7 +116,7 @@ class ImportanceSampling:
         best = log_weights.amax(0)
         if not bool(best.isfinite().all()):
             bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()
-            raise EngineFailure(f"all weights are zero for {len(bad)} of {best.numel()} data, first {bad[:5]}")
+            raise EngineError(f"all weights are zero for {len(bad)} of {best.numel()} data, first {bad[:5]}")
         return z, log_weights
 
     def _fitted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
@@ -158,9 +159,9 @@ class ImportanceSampling:
             for candidate in candidates:
                 try:
                     log_weights = self._weighted(candidate, density, run, count)[1]
-                except EngineFailure:
+                except EngineError:
                     continue
                 found[candidate] = float(1 / torch.softmax(log_weights, 0).square().sum(0).mean())
         if not found:
-            raise EngineFailure("neither a Laplace nor the prior proposal has a draw with finite weight")
+            raise EngineError("neither a Laplace nor the prior proposal has a draw with finite weight")
         return max(found, key=lambda name: found[name])

@@ -9,12 +9,13 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pyro.infer.mcmc import NUTS as Kernel  # noqa: N811
+from pyro.infer.mcmc import NUTS as Kernel
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, EngineFailure, Run, seed_all, settings
+from ..engine import Draws, EngineError, Run, seed_all
 from ..problem import ProblemError
+from ..settings import settings
 
 
 @settings
@@ -132,7 +133,7 @@ class NUTS:
             value, gradient = density.value_and_grad(u)
             if bool(value.isfinite().all()) and bool(gradient.isfinite().all()):
                 return u
-        raise EngineFailure(
+        raise EngineError(
             f"no start with a finite log density and gradient in {self.initial_tries} draws of the prior; check the "
             "scale of the prior and the support of the data"
         )

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, Run, as_chain, settings
+from ..engine import Draws, Run, as_chain
 from ..laplace import GaussianFit, laplace
 from ..posterior import Evidence
+from ..settings import settings
 
 
 @settings

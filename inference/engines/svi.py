@@ -18,11 +18,13 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, EngineFailure, Run, as_chain, check_positive, settings
+from ..engine import Draws, EngineError, Run, as_chain
 from ..guides import AutoGuide, Guide, make_guide
 from ..learning import Learned, TrailWriter, make_optimizer, steps
 from ..posterior import Evidence, evidence_from_weights
+from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
+from ..settings import check_positive, settings
 
 
 @settings
@@ -62,7 +64,7 @@ class SVI:
 
     def supports(self, density: Density) -> str:
         if self.batch_size is not None:
-            density.check_minibatch()
+            check_minibatch(density)
         family = self._family(density)
         if family is None:
             density.require_guide()
@@ -90,7 +92,7 @@ class SVI:
         if run.warm:
             guide.load(run.warm)
         if guide.tensors:
-            with run.tuning(), _learning(density.phi.tensors):
+            with run.tuning():
                 for _ in self._steps(density, guide, guide.tensors, run):
                     pass
         notes = []
@@ -125,7 +127,7 @@ class SVI:
             steps(density, lambda: self.loss(density, guide), tensors, self.batch_size, self.num_steps)
         ):
             if not bool(loss.isfinite()):
-                raise EngineFailure(f"the ELBO became {-float(loss)} at step {step}; try a smaller learning_rate")
+                raise EngineError(f"the ELBO became {-float(loss)} at step {step}; try a smaller learning_rate")
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()
@@ -164,18 +166,3 @@ class SVI:
             notes=notes,
             log_ratio=log_ratio.cpu(),
         )
-
-
-class _learning:  # noqa: N801
-    """Inside, these tensors require gradients."""
-
-    def __init__(self, tensors: list[Tensor]) -> None:
-        self.tensors = [t for t in tensors if not t.requires_grad]
-
-    def __enter__(self) -> None:
-        for tensor in self.tensors:
-            tensor.requires_grad_(True)
-
-    def __exit__(self, *exc: object) -> None:
-        for tensor in self.tensors:
-            tensor.requires_grad_(False)

@@ -17,11 +17,14 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, EngineFailure, Run, as_engine, check_positive, settings
+from ..engine import Draws, EngineError, Run
 from ..engines.enumeration import Enumeration
 from ..engines.importance_sampling import ImportanceSampling
 from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, make_optimizer, minibatches
+from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
+from ..registry import as_engine
+from ..settings import check_positive, settings
 
 
 @settings
@@ -71,7 +74,7 @@ class EM:
                 f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it."
             )
         if self.batch_size is not None:
-            density.check_minibatch()
+            check_minibatch(density)
             if not density.batch_plates:
                 return "minibatches need latents that belong to one datum each; this model has global latents"
             if self._kind(density, engine) == "closed":
@@ -111,7 +114,7 @@ class EM:
         return Learned(writer.trail(), None if self.batch_size is not None else draws, notes)
 
     def _expect(self, engine: Any, density: Density, run: Run) -> Draws:
-        with torch.no_grad(), density.theta.frozen(), density.phi.frozen():
+        with torch.no_grad():
             return engine.run(density, run)
 
     def _maximise(self, kind: str, density: Density, draws: Draws, optimizer: torch.optim.Optimizer) -> None:
@@ -129,7 +132,7 @@ class EM:
                 loss = -expected_log_joint(density, values, weights)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
             if not bool(loss.isfinite()):
-                raise EngineFailure("the expected log joint is not finite: a draw with weight has no density")
+                raise EngineError("the expected log joint is not finite: a draw with weight has no density")
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()

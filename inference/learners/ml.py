@@ -13,9 +13,11 @@ from typing import ClassVar
 import torch
 
 from ..density import Density
-from ..engine import EngineFailure, Run, check_positive, settings
+from ..engine import EngineError, Run
 from ..learning import Learned, TrailWriter, make_optimizer, steps
+from ..preflight import check_minibatch
 from ..problem import ProblemError
+from ..settings import check_positive, settings
 from .em import maximise
 
 
@@ -47,7 +49,7 @@ class ML:
         if self.batch_size is not None:
             if density.discrete and not density.batch_plates:
                 raise ProblemError("minibatches need latents that belong to one datum each; use batch_size=None.")
-            density.check_minibatch()
+            check_minibatch(density)
         return ""
 
     def fit(self, density: Density, run: Run) -> Learned:
@@ -70,7 +72,7 @@ class ML:
 
         for step, (value, *gradients) in enumerate(steps(density, loss, tensors, self.batch_size, self.num_steps)):
             if not bool(value.isfinite()):
-                raise EngineFailure(
+                raise EngineError(
                     f"the log likelihood became {-float(value)} at step {step}; try a smaller learning_rate"
                 )
             for tensor, gradient in zip(tensors, gradients, strict=True):

@@ -1,0 +1,81 @@
+"""What must hold before a density is trusted: batched equals plain, data do not move one another, rows are rows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .problem import ProblemError
+from .program import Plate, Scribe
+
+if TYPE_CHECKING:
+    from .density import Density
+
+BATCHED = "the program cannot be batched over draws (its control flow depends on them): slower"
+
+
+def batches_over_draws(density: Density, values: dict[str, Tensor]) -> bool:
+    """Whether three draws at once, by vmap, have the log joints that they have one by one."""
+    density.vectorised = False
+    plain = density.log_joint(values)
+    density.vectorised = True
+    try:
+        batched = density.log_joint(values)
+    except RuntimeError:
+        return False
+    return bool(torch.allclose(plain, batched, rtol=1e-3, atol=1e-3, equal_nan=True))
+
+
+def couples_data(density: Density, values: dict[str, Tensor]) -> bool:
+    """Whether moving the first datum's latents moves another datum's log joint, whatever the plates declare."""
+    if density.batch_shape.numel() < 2:
+        return False
+    batch_dim = len(density.batch_shape)
+    moved = {name: value.clone() for name, value in values.items()}
+    for value in moved.values():  # in draw 0 the first datum takes its value of draw 1
+        rows = value.view(len(value), density.batch_shape.numel(), *value.shape[1 + batch_dim :])
+        rows[0, 0] = rows[1, 0]
+    before, after = (density.log_joint(v)[0].flatten()[1:] for v in (values, moved))
+    return not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+def check_minibatch(density: Density) -> None:
+    """See that rows of the data have the rows' own likelihoods. Raises `ProblemError` where they do not."""
+    plate = density.sliceable()
+    index = torch.arange(plate.size - 1, -1, -2, device=density.device)[: max(1, plate.size // 2)]
+    with density, torch.no_grad(), torch.random.fork_rng(devices=[]):
+        values = {n: v[0] for n, v in density.some_values(1).items()}
+        full = _per_row(density, values, plate, None)
+        try:
+            with density.minibatch(index):
+                part = _per_row(density, values, plate, index)
+            fits = part.shape == full[index].shape and torch.allclose(part, full[index], rtol=1e-3, atol=1e-3)
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise ProblemError(f"the model fails on {len(index)} of {plate.size} rows of its data: {error}") from error
+    if not fits:
+        raise ProblemError(
+            f"the model gives other densities on {len(index)} rows of plate {plate.name!r} than on all {plate.size}: an "
+            f"argument whose first dimension is {plate.size} is no data, or data are closed over."
+        )
+
+
+def _per_row(density: Density, values: dict[str, Tensor], plate: Plate, index: Tensor | None) -> Tensor:
+    """The likelihood of each row of the data plate, (N,) or (B,)."""
+    given = {}
+    for name, value in values.items():
+        site = density.latents[name]
+        value = site.to_pyro(value, site.event_dim)
+        inside = index is not None and plate in site.plates
+        given[name] = value.index_select(plate.dim - site.event_dim, index) if inside else value
+    minibatch = None if index is None else (plate, index, 1.0)
+    scribe = Scribe(density.sites, given, minibatch=minibatch, want=frozenset({"pointwise"}))
+    with scribe:
+        density.problem.model(*density.args, **density.kwargs)
+    total: Any = 0.0
+    for name, log_prob in scribe.reading.pointwise.items():
+        log_prob = density.sites[name].to_pyro(log_prob, 0)
+        others = [d for d in range(-log_prob.dim(), 0) if d != plate.dim]
+        total = total + (log_prob.sum(others) if others else log_prob)
+    return total

@@ -1,0 +1,89 @@
+"""Settings of engines and learners: frozen dataclasses that refuse what they do not know, by name."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, TypeVar, dataclass_transform
+
+from .posterior import Posterior
+from .problem import ProblemError
+
+_FOREIGN = {  # spellings of PyMC, Stan and NumPyro
+    "draws": "num_samples",
+    "n_samples": "num_samples",
+    "iter_sampling": "num_samples",
+    "tune": "warmup_steps",
+    "num_warmup": "warmup_steps",
+    "iter_warmup": "warmup_steps",
+    "chains": "num_chains",
+    "lr": "learning_rate",
+    "steps": "num_steps",
+    "n": "num_steps",
+    "particles": "num_particles",
+}
+
+T = TypeVar("T")
+
+
+@dataclass_transform(frozen_default=True, kw_only_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose unknown settings are refused with the nearest name, and whose counts are checked."""
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    counts = [n for n in names if n.startswith("num_") or n in ("warmup_steps", "batch_size")]
+    plain = cls.__init__
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        if args:
+            raise ProblemError(f"{cls.__name__} takes settings by name: {', '.join(names)}.")
+        for key in kwargs:
+            if key not in names:
+                raise ProblemError(f"{cls.__name__} has no setting {key!r}. {_nearest(key, names)}")
+        plain(self, **kwargs)
+        for name in counts:
+            check_count(self, name)
+
+    cls.__init__ = __init__  # type: ignore[method-assign]
+    return cls
+
+
+def check_count(engine: Any, name: str) -> None:
+    """A count is a whole number of at least 1 (warmup_steps: 0); None stays None where it is the default."""
+    value = getattr(engine, name)
+    if value is None and getattr(type(engine), name, 0) is None:
+        return
+    least = 0 if name == "warmup_steps" else 1
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
+        raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a whole number of at least {least}.")
+
+
+def check_positive(engine: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(engine, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
+            raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a positive number.")
+
+
+def options(method: Any) -> dict[str, Any]:
+    """The settings of an engine or learner as plain data: what a record needs to say how it was run."""
+
+    def plain(value: Any) -> Any:
+        if value is None or isinstance(value, bool | int | float | str):
+            return value
+        if is_dataclass(value) and hasattr(value, "name") and not isinstance(value, type):
+            return {"name": value.name, **options(value)}  # type: ignore[attr-defined]
+        if isinstance(value, Posterior):
+            return f"posterior of {value.engine}"
+        return getattr(value, "__name__", type(value).__name__)
+
+    return {f.name: plain(getattr(method, f.name)) for f in fields(method)}
+
+
+def _nearest(name: str, names: list[str]) -> str:
+    if _FOREIGN.get(name) in names:
+        return f"Did you mean {_FOREIGN[name]!r}?"
+    near = difflib.get_close_matches(name, names, 1)
+    return f"Did you mean {near[0]!r}?" if near else f"Settings: {', '.join(names)}."

@@ -1,0 +1,270 @@
+"""The first run of a model and of its guide: sites, plates, parameters, and every fault that can be seen beforehand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_factor, site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to
+
+from .parameters import Parameters, find_parameters
+from .problem import Problem, ProblemError
+from .program import Plate, Site
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the model's first run shows. `improper`: latent sites that cannot be drawn from their prior."""
+
+    sites: dict[str, Site]
+    theta: Parameters
+    improper: list[str]
+    batch_plates: list[Plate]
+    data_plate: Plate | None
+
+
+@dataclass(frozen=True)
+class GuideFacts:
+    """What the guide's first run shows, or the fault that keeps it from being used."""
+
+    sites: dict[str, Site] = field(default_factory=dict)
+    phi: Parameters = field(default_factory=lambda: Parameters({}))
+    fault: ProblemError | None = None
+
+
+def survey_model(problem: Problem) -> ModelFacts:
+    """Run the model once. Raises `ProblemError`, naming the site or argument, where it cannot be used."""
+    for where, value in [*enumerate(problem.args), *problem.kwargs.items()]:
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ProblemError(f"argument {where}: data must not require gradients; pass it detached.")
+    survey = _run(problem, problem.model, "model")
+    sites = survey.sites()
+    observed = [s for s in sites.values() if s.role in ("observed", "factor")]
+    if not observed:
+        raise ProblemError("the model observes nothing: give data by obs=..., pyro.condition or pyro.factor.")
+    latent = [s for s in sites.values() if s.role == "latent"]
+    batch_plates = _common_plates(latent + observed)
+    shared = batch_plates or _common_plates(observed)
+    improper = [s.name for s in latent if _is_improper(survey.messages[s.name]["fn"])]
+    theta = find_parameters(_log_probs(survey), problem.model, _data(problem))
+    data_plate = max(shared, key=lambda p: p.size) if shared else None
+    return ModelFacts(sites, theta, improper, batch_plates, data_plate)
+
+
+def survey_guide(problem: Problem, model: ModelFacts) -> GuideFacts:
+    """Run the guide once. A fault is kept, for the engine that asks for the guide: the others do not need it."""
+    if problem.guide is None:
+        return GuideFacts(
+            fault=ProblemError(
+                f"problem {problem.name!r} has no guide: pass guide=... to Problem, or name an autoguide."
+            )
+        )
+    try:
+        survey = _run(problem, problem.guide, "guide")
+        sites = survey.sites()
+        log_probs = _log_probs(survey)
+        _check_guide(sites, model)
+    except ProblemError as error:
+        return GuideFacts(fault=error)
+    # a guide that proposes points (Delta) shows its parameters in its values only
+    values: list[Tensor] = [m["value"] for m in survey.messages.values() if not m["is_observed"]]  # type: ignore[misc]
+    phi = find_parameters(log_probs + values, problem.guide, _data(problem) + model.theta.tensors)
+    dims = tuple(p.dim for p in model.batch_plates)
+    return GuideFacts({name: replace(site, batch=dims) for name, site in sites.items()}, phi)
+
+
+def _check_guide(sites: Mapping[str, Site], model: ModelFacts) -> None:
+    latents = {n: s for n, s in model.sites.items() if s.role == "latent"}
+    for name, site in sites.items():
+        if site.role != "latent":
+            continue
+        if name not in latents and not site.auxiliary:
+            raise ProblemError(f"guide site {name!r} is not a latent site of the model ({_list(latents)}).")
+        outside = [p.name for p in model.batch_plates if p not in site.plates]
+        if outside:
+            raise ProblemError(
+                f"guide site {name!r} is not inside plate {outside[0]!r} as in the model, so its density cannot be told "
+                "apart by datum; put it inside the same plate, or name the autoguide "
+                "(SVI(guide='AutoMultivariateNormal')) to get one per datum."
+            )
+        if name in latents and site.shape != latents[name].shape:
+            raise ProblemError(
+                f"guide site {name!r} has shape {site.shape}, the model's has {latents[name].shape}; they must agree."
+            )
+    missing = [n for n, site in latents.items() if n not in sites and site.support is None]
+    if missing:
+        raise ProblemError(f"the guide lacks site {missing[0]!r} of the model; sample it there too.")
+
+
+def _run(problem: Problem, program: Callable[..., Any], what: str) -> Survey:
+    survey = Survey()
+    try:
+        with torch.enable_grad(), pyro.validation_enabled(True), survey:
+            program(*problem.args, **problem.kwargs)
+    except ProblemError:
+        raise
+    except Exception as error:
+        shapes = _list(tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in problem.args)
+        raise ProblemError(
+            f"the {what} failed when run with arguments of shape {shapes}: {type(error).__name__}: {error}"
+        ) from error
+    return survey
+
+
+def _log_probs(survey: Survey) -> list[Tensor]:
+    """The log probability of each site. Raises `ProblemError` where a value cannot be scored."""
+    log_probs = []
+    for name, msg in survey.messages.items():
+        value: Any = msg["value"]
+        fn: Any = msg["fn"]
+        observed = msg["is_observed"]
+        if value.is_floating_point() and bool(value.isnan().any()):
+            raise ProblemError(
+                f"site {name!r}: the {'observed value' if observed else 'draw'} contains NaN "
+                f"({int(value.isnan().sum())} of {value.numel()}). Replace missing entries by any finite number and "
+                "exclude them with poutine.mask."
+            )
+        masked = msg["mask"] is not None and not (isinstance(msg["mask"], bool) and msg["mask"])
+        try:
+            with torch.enable_grad(), pyro.validation_enabled(observed and not masked):
+                log_prob = fn.log_prob(value)
+        except Exception as error:
+            raise ProblemError(
+                f"site {name!r}: the value of shape {tuple(value.shape)} cannot be scored by {type(fn).__name__}: {error}"
+            ) from error
+        if observed and not masked and bool(log_prob.isnan().any()):
+            raise ProblemError(
+                f"site {name!r}: the log probability of the observed value is NaN; check its distribution."
+            )
+        log_probs.append(log_prob)
+    return log_probs
+
+
+def _common_plates(sites: list[Site]) -> list[Plate]:
+    """The plates that every one of these sites is in, left to right."""
+    return [p for p in sites[0].plates if all(p in s.plates for s in sites)] if sites else []
+
+
+def _data(problem: Problem) -> list[Tensor]:
+    return [v for v in (*problem.args, *problem.kwargs.values()) if isinstance(v, Tensor)]
+
+
+def _list(items: Iterable[Any]) -> str:
+    return ", ".join(str(i) for i in items) or "none"
+
+
+class Survey(Messenger):
+    """Notes every site. Draws where it can; an improper site takes the image of zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.messages: dict[str, Message] = {}
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+            return
+        if msg["value"] is None and _is_improper(msg["fn"]):
+            transform = biject_to(msg["fn"].support)
+            shape = transform.inverse_shape(msg["fn"].shape())
+            msg["value"] = transform(torch.zeros(shape))
+
+    def _postprocess_message(self, msg: Message) -> None:
+        if msg["type"] != "sample":
+            return
+        name: str = msg["name"]  # type: ignore[assignment]
+        if site_is_subsample(msg):
+            fn = msg["fn"]
+            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+                raise ProblemError(
+                    f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}: remove subsample_size from the "
+                    "program; engines make the minibatches themselves (batch_size=...)."
+                )
+            return
+        if name in self.messages:
+            raise ProblemError(f"two sample sites are named {name!r}; every name must be used once.")
+        self.messages[name] = msg.copy()
+
+    def sites(self) -> dict[str, Site]:
+        return {name: _describe(name, msg) for name, msg in self.messages.items()}
+
+
+def _is_improper(fn: Any) -> bool:
+    while hasattr(fn, "base_dist") and type(fn).__name__ != "ImproperUniform":
+        fn = fn.base_dist
+    return type(fn).__name__ == "ImproperUniform"
+
+
+def _describe(name: str, msg: Message) -> Site:
+    fn: Any = msg["fn"]
+    value: Any = msg["value"]
+    infer = msg["infer"] or {}
+    if infer.get("_deterministic"):
+        role = "deterministic"
+    elif site_is_factor(msg):
+        role = "factor"
+    else:
+        role = "observed" if msg["is_observed"] else "latent"
+    plates = tuple(
+        sorted(
+            (Plate(f.name, f.dim, int(f.full_size or f.size)) for f in msg["cond_indep_stack"] if f.vectorized),
+            key=lambda p: p.dim,
+        )
+    )
+    if role == "deterministic":
+        event_dim = _deterministic_event_dim(value.shape, plates)
+        return Site(name, role, event_dim, plates if event_dim < value.dim() else (), tuple(value.shape))
+    if role != "latent":
+        return Site(
+            name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :])
+        )
+    try:
+        discrete = bool(fn.support.is_discrete)
+    except NotImplementedError:
+        discrete = bool(fn.has_enumerate_support)
+    shape = tuple(value.shape)
+    described: dict[str, Any] = {}
+    if not discrete:
+        transform = biject_to(fn.support)
+        described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
+        described["unconstrained_event_dim"] = fn.event_dim - (
+            transform.codomain.event_dim - transform.domain.event_dim
+        )
+    return Site(
+        name,
+        role,
+        fn.event_dim,
+        plates,
+        shape,
+        discrete=discrete,
+        support=_support(fn) if discrete else None,
+        auxiliary=bool(infer.get("is_auxiliary")),
+        reparameterised=bool(fn.has_rsample),
+        **described,
+    )
+
+
+def _support(fn: Any) -> Tensor | None:
+    """All values of one element of an enumerable site, (k, *event); None where they cannot be listed."""
+    if not fn.has_enumerate_support:
+        return None
+    try:
+        values = fn.enumerate_support(expand=False)
+    except NotImplementedError:  # elements with supports of their own, say binomials of unlike totals
+        return None
+    return values.reshape((-1, *fn.event_shape))
+
+
+def _deterministic_event_dim(shape: torch.Size, plates: tuple[Plate, ...]) -> int:
+    """Pyro takes all of a deterministic value for event; here the plates are looked for among its dimensions."""
+    for event_dim in range(len(shape)):
+        rest = shape[: len(shape) - event_dim]
+        if all(-p.dim <= len(rest) and rest[p.dim] == p.size for p in plates):
+            return event_dim
+    return len(shape)
