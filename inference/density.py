@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import pyro
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from .compile import traced
 from .marginal import enumerated_trace, sum_out
@@ -38,8 +39,11 @@ _CHUNK = 2**23  # numbers that a vmapped run holds at once, roughly: bounds memo
 class HasParameters(Protocol):
     """A `Fit`: theta and phi by name."""
 
-    parameters: Values
-    guide_parameters: Values
+    @property
+    def parameters(self) -> Values: ...
+
+    @property
+    def guide_parameters(self) -> Values: ...
 
 
 class PriorDraws(NamedTuple):
@@ -123,8 +127,8 @@ class Density:
                 self.notes.append(BATCHED)
             if self.batch_plates and couples_data(self, values):
                 self.notes.append(
-                    f"plate {self.batch_plates[0].name!r} couples its data (one datum's latent moves another's density), "
-                    "so all data are treated as one"
+                    f"plate {self.batch_plates[0].name!r} couples its data: moving one datum's latent moves another's "
+                    "density, so all are treated as one"
                 )
                 self.batch_plates = []
                 self._layout()
@@ -213,8 +217,8 @@ class Density:
         arguments cannot be sliced."""
         plate = self.sliceable()
         args, kwargs, minibatch = self.args, self.kwargs, self._minibatch
-        take = lambda v: v[index] if _is_data(v, plate.size) else v
-        self.args, self.kwargs = tuple(take(v) for v in args), {k: take(v) for k, v in kwargs.items()}
+        self.args = tuple(v[index] if _is_data(v, plate.size) else v for v in args)
+        self.kwargs = {k: v[index] if _is_data(v, plate.size) else v for k, v in kwargs.items()}
         self._minibatch = (plate, index, 1.0 if self.batch_plates else plate.size / len(index))
         try:
             yield
@@ -235,7 +239,7 @@ class Density:
         return tensor[self._minibatch[1]]
 
     def sliceable(self) -> Plate:
-        """The plate that minibatches run over. Raises `ProblemError` where there is none or no argument has its size."""
+        """The plate that minibatches run over. Raises `ProblemError` where no plate or no argument serves."""
         plate = self.data_plate
         if plate is None:
             raise ProblemError(
@@ -464,8 +468,7 @@ class Density:
                 return self._map(lambda _: function({}), torch.zeros(1), 1)[0]
         count = math.prod(sample)
         result = self._map(function, flat, count, random=random)
-        reshape = lambda t: t.reshape((*sample, *t.shape[1:]))
-        return {n: reshape(t) for n, t in result.items()} if isinstance(result, dict) else reshape(result)
+        return tree_map(lambda t: t.reshape((*sample, *t.shape[1:])), result)
 
     def _map(
         self, function: Callable[[Any], Any], inputs: Any, count: int, random: bool = False, counted: bool = True

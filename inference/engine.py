@@ -127,15 +127,15 @@ def infer(
     Returns a posterior whose `status` says how it ended: an engine that does not serve the model is 'unsupported',
     a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
     """
-    engine = as_engine(engine)
+    method: Engine = as_engine(engine)
     _check_problem(problem)
     with isolated(seed), torch.no_grad():
-        density, reason = _prepare(problem, engine, parameters, device)
+        density, reason = _prepare(problem, method, parameters, device)
         if reason:
-            return finish(None, density, Status("unsupported", reason), Cost(), engine, seed)
+            return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
         state = {} if warm is None else dict(warm.state)
-        with density, reporter(progress, engine.name) as report:
-            return _run(density, engine, Run(density, np.random.SeedSequence(seed), state, report), seed)
+        with density, reporter(progress, method.name) as report:
+            return _run(density, method, Run(density, np.random.SeedSequence(seed), state, report), seed)
 
 
 def why_not(
@@ -200,8 +200,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
     }
     if draws is None or not status.done:
         return Posterior({}, **common)
-    move = lambda tensors: {name: value.detach().cpu() for name, value in tensors.items()}
-    values, stats = move(draws.values), move(draws.sample_stats)
+    values, stats = _on_cpu(draws.values), _on_cpu(draws.sample_stats)
     log_weights = None if draws.log_weights is None else draws.log_weights.detach().cpu()
     diagnostics = diagnose(
         {name: value for name, value in values.items() if name in density.latents},
@@ -218,11 +217,15 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         log_weights,
         draws.log_evidence,
         diagnostics=diagnostics,
-        state=move(draws.state),
+        state=_on_cpu(draws.state),
         kind=draws.kind,
         sample_stats=stats,
         **common,
     )
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}
 
 
 def as_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ class AutoGuide:
         self.point = family == "AutoDelta"
         batch, dim = tuple(density.batch_shape), density.dim
         self.centre, self.spread = _prior_location(density)
-        options = {"dtype": density.dtype, "device": self.centre.device}
+        options: dict[str, Any] = {"dtype": density.dtype, "device": self.centre.device}
         raw = math.log(math.expm1(INIT_SCALE))
         self._parameters = {"loc": torch.zeros(*batch, dim, **options)}
         if family in ("AutoNormal", "AutoMultivariateNormal"):

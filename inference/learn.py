@@ -34,7 +34,8 @@ class Learner(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Fit:
-    """What was learned: theta (and phi, where the learner trained a guide) by name, how the objective went, the last posterior, cost and status.
+    """What was learned: theta by name, phi where a guide was trained, the objective on the way, the last posterior,
+    cost and status.
 
     `infer(problem, engine, parameters=fit)` judges it with any engine.
     """
@@ -65,24 +66,24 @@ def learn(
     The problem's modules and the param store are left as they were: what was learned is in `Fit.parameters`.
     Arguments as for `infer`. Raises `ProblemError` for input that cannot be used.
     """
-    learner = as_learner(learner)
+    method: Learner = as_learner(learner)
     if not isinstance(problem, Problem):
         raise ProblemError(f"expected a Problem, got {type(problem).__name__}; write Problem(model, args=(x,)).")
     with isolated(seed):
-        prepare = getattr(learner, "prepare", None)
+        prepare = getattr(method, "prepare", None)
         density = Density(
             prepare(problem) if prepare else problem,
             device=device,
-            dtype=getattr(learner, "dtype", None),
+            dtype=getattr(method, "dtype", None),
             learning=True,
         )
         if parameters is not None:
             density.set_parameters(parameters)
         check_learnable(density)
-        record: dict[str, Any] = {"learner": learner.name, "learner_options": options(learner), "seed": seed}
-        with density, reporter(progress, learner.name) as report:
+        record: dict[str, Any] = {"learner": method.name, "learner_options": options(method), "seed": seed}
+        with density, reporter(progress, method.name) as report:
             with torch.no_grad():
-                reason = learner.supports(density)
+                reason = method.supports(density)
             if reason:
                 return Fit(density.theta.values(), status=Status("unsupported", reason), **record)
             run = Run(density, np.random.SeedSequence(seed), report=report)
@@ -90,7 +91,7 @@ def learn(
             start, memory = time.perf_counter(), peak_memory()
             learned, status = None, Status("done")
             try:
-                learned = learner.fit(density, run)
+                learned = method.fit(density, run)
             except ProblemError:
                 raise
             except Exception as error:
@@ -109,5 +110,5 @@ def learn(
                 return Fit(theta, **common)
             posterior = None
             if learned.draws is not None and status.done:
-                posterior = finish(learned.draws, density, Status("done"), cost, learner, seed)
+                posterior = finish(learned.draws, density, Status("done"), cost, method, seed)
             return Fit(theta, trail=learned.trail, posterior=posterior, notes=learned.notes, **common)

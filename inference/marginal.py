@@ -34,7 +34,7 @@ class _DataIsDetached(TorchFunctionMode):
 
 
 def _safe_log(x: Tensor) -> Tensor:
-    """log x with gradient zero, not undefined, where x is zero; Pyro's own is an autograd function vmap cannot enter."""
+    """log x, with gradient zero where x is zero. Pyro's own is an autograd function, which vmap cannot enter."""
     tiny = torch.finfo(x.dtype).tiny
     return torch.where(x > 0, x.clamp_min(tiny).log(), -math.inf)
 

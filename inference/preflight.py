@@ -56,8 +56,8 @@ def check_minibatch(density: Density) -> None:
             raise ProblemError(f"the model fails on {len(index)} of {plate.size} rows of its data: {error}") from error
     if not fits:
         raise ProblemError(
-            f"the model gives other densities on {len(index)} rows of plate {plate.name!r} than on all {plate.size}: an "
-            f"argument whose first dimension is {plate.size} is no data, or data are closed over."
+            f"the model gives other densities on {len(index)} rows of plate {plate.name!r} than on all {plate.size}: "
+            f"an argument whose first dimension is {plate.size} is no data, or data are closed over."
         )
 
 
@@ -67,8 +67,9 @@ def _per_row(density: Density, values: dict[str, Tensor], plate: Plate, index: T
     for name, value in values.items():
         site = density.latents[name]
         value = site.to_pyro(value, site.event_dim)
-        inside = index is not None and plate in site.plates
-        given[name] = value.index_select(plate.dim - site.event_dim, index) if inside else value
+        if index is not None and plate in site.plates:
+            value = value.index_select(plate.dim - site.event_dim, index)
+        given[name] = value
     minibatch = None if index is None else (plate, index, 1.0)
     scribe = Scribe(density.sites, given, minibatch=minibatch, want=frozenset({"pointwise"}))
     with scribe:

@@ -139,7 +139,7 @@ class Scribe(Messenger):
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample":
             return
-        name: str = msg["name"]  # type: ignore[assignment]
+        name: str = msg["name"]
         if site_is_subsample(msg):
             if self.minibatch and name == self.minibatch[0].name and msg["fn"].size == self.minibatch[0].size:
                 msg["value"] = self.minibatch[1]
@@ -159,7 +159,7 @@ class Scribe(Messenger):
     def _postprocess_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg) or "trace" in self.want:
             return
-        name: str = msg["name"]  # type: ignore[assignment]
+        name: str = msg["name"]
         site = self.sites.get(name)
         if site is None:
             raise ProblemError(
@@ -200,7 +200,7 @@ class Scribe(Messenger):
         plate, _, wanted = minibatch
         for frame in msg["cond_indep_stack"]:
             if frame.name == plate.name:
-                return msg["scale"] * (wanted * frame.size / frame.full_size)  # type: ignore[operator]
+                return msg["scale"] * (wanted * frame.size / frame.full_size)
         return msg["scale"]
 
     @staticmethod
@@ -212,7 +212,7 @@ class Scribe(Messenger):
         return log_prob.sum(dims) if dims else log_prob
 
 
-# In-place random operations act on a fresh, unbatched tensor, which vmap refuses; these are the same draws out of place.
+# In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place.
 _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
     Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: torch.randn_like(t) * std + mean,
     Tensor.uniform_: lambda t, low=0.0, high=1.0, **_: torch.rand_like(t) * (high - low) + low,

@@ -18,7 +18,7 @@ def engines() -> dict[str, type]:
 
 
 def learners() -> dict[str, type]:
-    """name -> learner class: every file in `learners/`, engines that learn, and the entry points `pyrometer.learners`."""
+    """name -> learner class: every file in `learners/`, engines that learn, entry points `pyrometer.learners`."""
     own = {name: cls for name, cls in engines().items() if hasattr(cls, "fit")}
     return dict(sorted({**own, **_discover("learners", "fit")}.items()))
 

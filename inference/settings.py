@@ -36,7 +36,7 @@ def settings(cls: type[T]) -> type[T]:
     counts = [n for n in names if n.startswith("num_") or n in ("warmup_steps", "batch_size")]
     plain = cls.__init__
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+    def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
         if args:
             raise ProblemError(f"{cls.__name__} takes settings by name: {', '.join(names)}.")
         for key in kwargs:
@@ -46,7 +46,7 @@ def settings(cls: type[T]) -> type[T]:
         for name in counts:
             check_count(self, name)
 
-    cls.__init__ = __init__  # type: ignore[method-assign]
+    cls.__init__ = checked_init  # type: ignore[method-assign]
     return cls
 
 
@@ -74,7 +74,7 @@ def options(method: Any) -> dict[str, Any]:
         if value is None or isinstance(value, bool | int | float | str):
             return value
         if is_dataclass(value) and hasattr(value, "name") and not isinstance(value, type):
-            return {"name": value.name, **options(value)}  # type: ignore[attr-defined]
+            return {"name": value.name, **options(value)}
         if isinstance(value, Posterior):
             return f"posterior of {value.engine}"
         return getattr(value, "__name__", type(value).__name__)

@@ -74,7 +74,7 @@ def survey_guide(problem: Problem, model: ModelFacts) -> GuideFacts:
     except ProblemError as error:
         return GuideFacts(fault=error)
     # a guide that proposes points (Delta) shows its parameters in its values only
-    values: list[Tensor] = [m["value"] for m in survey.messages.values() if not m["is_observed"]]  # type: ignore[misc]
+    values: list[Tensor] = [m["value"] for m in survey.messages.values() if not m["is_observed"]]
     phi = find_parameters(log_probs + values, problem.guide, _data(problem) + model.theta.tensors)
     dims = tuple(p.dim for p in model.batch_plates)
     return GuideFacts({name: replace(site, batch=dims) for name, site in sites.items()}, phi)
@@ -90,8 +90,8 @@ def _check_guide(sites: Mapping[str, Site], model: ModelFacts) -> None:
         outside = [p.name for p in model.batch_plates if p not in site.plates]
         if outside:
             raise ProblemError(
-                f"guide site {name!r} is not inside plate {outside[0]!r} as in the model, so its density cannot be told "
-                "apart by datum; put it inside the same plate, or name the autoguide "
+                f"guide site {name!r} is not inside plate {outside[0]!r} as in the model, so its density cannot be "
+                "told apart by datum; put it inside the same plate, or name the autoguide "
                 "(SVI(guide='AutoMultivariateNormal')) to get one per datum."
             )
         if name in latents and site.shape != latents[name].shape:
@@ -137,7 +137,7 @@ def _log_probs(survey: Survey) -> list[Tensor]:
                 log_prob = fn.log_prob(value)
         except Exception as error:
             raise ProblemError(
-                f"site {name!r}: the value of shape {tuple(value.shape)} cannot be scored by {type(fn).__name__}: {error}"
+                f"site {name!r}: {type(fn).__name__} cannot score the value of shape {tuple(value.shape)}: {error}"
             ) from error
         if observed and not masked and bool(log_prob.isnan().any()):
             raise ProblemError(
@@ -178,7 +178,7 @@ class Survey(Messenger):
     def _postprocess_message(self, msg: Message) -> None:
         if msg["type"] != "sample":
             return
-        name: str = msg["name"]  # type: ignore[assignment]
+        name: str = msg["name"]
         if site_is_subsample(msg):
             fn = msg["fn"]
             if fn.subsample_size is not None and fn.subsample_size < fn.size:

@@ -37,7 +37,10 @@ class Enumeration:
             return f"the support of site {unlisted[0]!r} cannot be listed (it is infinite or differs between elements)"
         values = sum(math.log(k) * m for k, m in self._factors(density))
         if values > math.log(self.max_values) + 1e-9:
-            return f"{math.exp(min(values, 700.0)):.3g} joint values for one datum are more than max_values = {self.max_values}"
+            return (
+                f"{math.exp(min(values, 700.0)):.3g} joint values for one datum are more than "
+                f"max_values = {self.max_values}"
+            )
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:

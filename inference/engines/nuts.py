@@ -1,4 +1,6 @@
-"""The No-U-Turn sampler on all continuous latents together (Hoffman & Gelman 2014, jmlr.org/papers/v15/hoffman14a.html).
+"""The No-U-Turn sampler on all continuous latents together.
+
+Hoffman & Gelman 2014, jmlr.org/papers/v15/hoffman14a.html.
 
 Pyro's kernel moves the unconstrained vector; chains have seeds of their own, derived so that no two runs share one
 (Pyro's own seeding gives chain 1 of seed 0 and chain 0 of seed 1 the same draws). Discrete latents are summed out.
@@ -9,7 +11,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from pyro.infer.mcmc import NUTS as Kernel
+from pyro.infer import mcmc
 from torch import Tensor
 
 from ..density import Density
@@ -87,7 +89,7 @@ class NUTS:
             return _Potential.apply(position["u"], value_and_grad, shape)
 
         with torch.enable_grad():
-            kernel = Kernel(
+            kernel = mcmc.NUTS(
                 potential_fn=potential,
                 step_size=float(warm["step_size"][chain]) if warm else 1.0,
                 adapt_step_size=not warm,

@@ -9,7 +9,7 @@ Liu & Pierce 1994, doi:10.1093/biomet/81.3.624.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -82,7 +82,7 @@ class Quadrature:
         """Nodes u (K, *batch, D) and their log weights times density (K, *batch)."""
         dim = fit.mean.shape[-1]
         nodes, weights = np.polynomial.hermite.hermgauss(count)
-        options = {"dtype": torch.float64, "device": fit.mean.device}
+        options: dict[str, Any] = {"dtype": torch.float64, "device": fit.mean.device}
         grid = torch.as_tensor(nodes, **options)
         t = torch.cartesian_prod(*[grid] * dim).reshape(-1, dim)
         log_w = torch.as_tensor(np.log(weights), **options)

@@ -1,4 +1,6 @@
-"""Expectation maximisation with any engine as E-step (Dempster, Laird & Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x).
+"""Expectation maximisation with any engine as E-step.
+
+Dempster, Laird & Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x.
 
     E: weights and draws for p_theta(z | x) at the current theta;   M: theta <- argmax (or a step up) of
     Q(theta) = E[log p_theta(x, z)]
@@ -87,7 +89,10 @@ class EM:
         kind = self._kind(density, engine)
         optimizer = make_optimizer(self.optimizer, density.theta.tensors, self.learning_rate)
         batches = minibatches(density, self.batch_size)
-        writer, draws, warm, last = TrailWriter("estimate", 1), None, {}, None
+        writer = TrailWriter("estimate", 1)
+        draws: Draws | None = None
+        warm: dict[str, Tensor] = {}
+        last: float | None = None
         notes: tuple[str, ...] = ()
         for step in range(self.num_steps):
             index = next(batches)
