@@ -129,7 +129,7 @@ def infer(
     """
     method: Engine = as_engine(engine)
     _check_problem(problem)
-    with isolated(seed), torch.no_grad():
+    with isolated(seed, device), torch.no_grad():
         density, reason = _prepare(problem, method, parameters, device)
         if reason:
             return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
@@ -234,12 +234,15 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def isolated(seed: int) -> Iterator[None]:
-    """Seed every generator for the run and give the global ones back as they were. Raises on a bad seed."""
+def isolated(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
+    """Seed every generator for the run and give the global ones back as they were.
+
+    Raises `ProblemError` on a seed that is none, or a device that is not there.
+    """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
         raise ProblemError(f"seed = {seed!r}: expected a whole number from 0 to 2**64 - 1.")
     states = random.getstate(), np.random.get_state()
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    devices = _cuda_devices(device)
     with torch.random.fork_rng(devices=devices):
         seed_all(np.random.SeedSequence(int(seed)))
         try:
@@ -247,6 +250,19 @@ def isolated(seed: int) -> Iterator[None]:
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
+
+
+def _cuda_devices(device: torch.device | str | None) -> list[int]:
+    """The CUDA devices whose generators a run may move: all where CUDA is in use."""
+    try:
+        kind = torch.device("cpu" if device is None else device).type
+    except RuntimeError as error:
+        raise ProblemError(f"device={device!r}: {error}") from error
+    if kind not in ("cpu", "cuda"):
+        raise ProblemError(f"device={device!r}: expected 'cpu' or 'cuda', 'cuda:1' ...")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ProblemError(f"device={device!r}: no CUDA device is available here; leave device out to use the CPU.")
+    return list(range(torch.cuda.device_count())) if kind == "cuda" or torch.cuda.is_initialized() else []
 
 
 def seed_all(sequence: np.random.SeedSequence) -> None:

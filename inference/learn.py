@@ -69,7 +69,7 @@ def learn(
     method: Learner = as_learner(learner)
     if not isinstance(problem, Problem):
         raise ProblemError(f"expected a Problem, got {type(problem).__name__}; write Problem(model, args=(x,)).")
-    with isolated(seed):
+    with isolated(seed, device):
         prepare = getattr(method, "prepare", None)
         density = Density(
             prepare(problem) if prepare else problem,

@@ -143,9 +143,10 @@ def flat_draws(draws: Draws | Posterior, batch_shape: tuple[int, ...]) -> tuple[
     """Draws without the chain dimension, site -> (S, *batch, *event), and weights (S, *batch) that sum to one."""
     named = draws.values if isinstance(draws, Draws) else draws.draws
     values = {n: v.flatten(0, 1) for n, v in named.items()}
-    if draws.log_weights is not None:
-        return values, torch.softmax(draws.log_weights.flatten(0, 1).double(), 0)
     first = next(iter(values.values()))
+    if draws.log_weights is not None:
+        log_weights = draws.log_weights.to(device=first.device, dtype=torch.float64)
+        return values, torch.softmax(log_weights.flatten(0, 1), 0)
     shape = (first.shape[0], *batch_shape)
     return values, torch.full(shape, 1.0 / shape[0], dtype=torch.float64, device=first.device)
 

@@ -57,8 +57,8 @@ class Evidence:
     def __post_init__(self) -> None:
         if self.kind not in self.KINDS:
             raise ValueError(f"evidence kind {self.kind!r}: expected one of {', '.join(self.KINDS)}.")
-        object.__setattr__(self, "value", torch.as_tensor(self.value, dtype=torch.float64))
-        error = torch.as_tensor(self.std_error, dtype=torch.float64)
+        object.__setattr__(self, "value", torch.as_tensor(self.value, dtype=torch.float64, device="cpu"))
+        error = torch.as_tensor(self.std_error, dtype=torch.float64, device="cpu")
         object.__setattr__(self, "std_error", error.expand(self.value.shape))
 
     def total(self) -> tuple[float, float]:
