@@ -120,7 +120,7 @@ class Density:
                 self.notes.append(f"the program cannot run in {_name(dtype)}; figures are in {_name(own)}")
 
     def _preflight(self) -> None:
-        if self.latents and not any(s.support is None for s in self.latents.values() if s.discrete and self.improper):
+        if self.latents and not (self.improper and self.unlisted):
             values = self.some_values(3)
             self.vectorised = batches_over_draws(self, values)
             if not self.vectorised:
@@ -162,6 +162,7 @@ class Density:
         self.latents = {n: s for n, s in self.sites.items() if s.role == "latent"}
         self.discrete = [n for n, s in self.latents.items() if s.discrete]
         self.continuous = [n for n, s in self.latents.items() if not s.discrete]
+        self.unlisted = [n for n in self.discrete if self.latents[n].support is None]  # cannot be summed out
         self._sizes = [
             math.prod(s.own_shape(s.unconstrained_shape, s.unconstrained_event_dim)[len(dims) :])
             for s in (self.latents[n] for n in self.continuous)
@@ -332,33 +333,30 @@ class Density:
             recorded = self._run(values, want=_VALUES).values
         return {n: recorded[n].detach().cpu() for n, s in self.sites.items() if s.role == "observed"}
 
-    def constrain(self, u: Tensor, deterministic: bool = False) -> dict[str, Tensor]:
-        """u (*sample, *batch, D) -> site -> (*sample, *batch, *event), with `pyro.deterministic` sites if asked."""
-        names = self.continuous + (self._deterministic() if deterministic else [])
+    def constrain(self, u: Tensor) -> dict[str, Tensor]:
+        """u (*sample, *batch, D) -> continuous site -> (*sample, *batch, *event)."""
+        return self._recorded(u, self.continuous)
 
-        def one(v: Tensor) -> dict[str, Tensor]:
+    def complete(self, z: Tensor | Values) -> dict[str, Tensor]:
+        """Every site that z tells, constrained, (*sample, *batch, *event): the latents that it gives, and, where it
+        gives all of them, the `pyro.deterministic` ones that can be told per batch element."""
+        given = self.continuous if isinstance(z, Tensor) else [n for n in self.latents if n in z]
+        follow = [
+            name
+            for name, site in self.sites.items()
+            if site.role == "deterministic" and bool(site.batch) == bool(self.batch_plates)
+        ]
+        names = given + follow if len(given) == len(self.latents) else given
+        if isinstance(z, Tensor):
+            return self._recorded(z, names)
+        return {**{n: z[n] for n in given}, **(self._recorded(z, follow) if follow and names != given else {})}
+
+    def _recorded(self, z: Tensor | Values, names: list[str]) -> dict[str, Tensor]:
+        def one(v: Any) -> dict[str, Tensor]:
             values = self._run(v, want=_VALUES).values
             return {n: values[n] for n in names}
 
-        return self._over_samples(one, u, random=True)
-
-    def deterministic(self, values: Values) -> dict[str, Tensor]:
-        """The `pyro.deterministic` sites at these values of the latents."""
-        names = self._deterministic()
-        if not names:
-            return {}
-
-        def one(v: dict[str, Tensor]) -> dict[str, Tensor]:
-            recorded = self._run(v, want=_VALUES).values
-            return {n: recorded[n] for n in names}
-
-        return self._over_samples(one, values, random=True)
-
-    def _deterministic(self) -> list[str]:
-        """Deterministic sites that can be told per batch element."""
-        return [
-            n for n, s in self.sites.items() if s.role == "deterministic" and bool(s.batch) == bool(self.batch_plates)
-        ]
+        return self._over_samples(one, z, random=True)
 
     def unconstrain(self, values: Values) -> Tensor:
         """site -> (*sample, *batch, *event) to u (*sample, *batch, D)."""

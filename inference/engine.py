@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from .settings import options
 
 if TYPE_CHECKING:
     from .learn import Fit
+
+
+T = TypeVar("T")
 
 
 class EngineError(RuntimeError):
@@ -159,18 +162,22 @@ def _prepare(problem: Problem, engine: Engine, parameters: Any, device: Any) -> 
 
 
 def _run(density: Density, engine: Engine, run: Run, seed: int) -> Posterior:
+    draws, status, cost = measured(lambda: engine.run(density, run), run)
+    return finish(draws, density, _judge(draws) if draws else status, cost, engine, seed)
+
+
+def measured(call: Callable[[], T], run: Run) -> tuple[T | None, Status, Cost]:
+    """What a call answers, with time, counts and memory; what breaks in it becomes a failed status with the reason."""
     start, memory = time.perf_counter(), peak_memory()
-    draws = None
+    answer, status = None, Status("done")
     try:
-        draws = engine.run(density, run)
-        status = _judge(draws)
+        answer = call()
     except ProblemError:
         raise
     except Exception as error:
         reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         status = Status("failed", reason)
-    cost = run.cost(time.perf_counter() - start, peak_memory() - memory)
-    return finish(draws, density, status, cost, engine, seed)
+    return answer, status, run.cost(time.perf_counter() - start, peak_memory() - memory)
 
 
 def _judge(draws: Draws) -> Status:
@@ -202,13 +209,17 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         return Posterior({}, **common)
     values, stats = _on_cpu(draws.values), _on_cpu(draws.sample_stats)
     log_weights = None if draws.log_weights is None else draws.log_weights.detach().cpu()
+    notes = [*density.notes, *draws.notes]
+    missing = [name for name in density.latents if name not in values]
+    if missing:
+        notes.append(f"summed out exactly, not drawn: {', '.join(missing)}")
     diagnostics = diagnose(
         {name: value for name, value in values.items() if name in density.latents},
         log_weights,
         draws.kind,
         stats,
         common["batch_shape"],
-        notes=(*density.notes, *draws.notes),
+        notes=tuple(notes),
         guide_log_ratio=draws.log_ratio,
         deterministic=draws.deterministic,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import EngineError, Run, finish, isolated, peak_memory, reporter
+from .engine import Run, finish, isolated, measured, reporter
 from .learning import Learned, Trail, TrailWriter, check_learnable
 from .posterior import Cost, Posterior, Status
 from .problem import Problem, ProblemError
@@ -88,16 +87,7 @@ def learn(
                 return Fit(density.theta.values(), status=Status("unsupported", reason), **record)
             run = Run(density, np.random.SeedSequence(seed), report=report)
             untrained = density.phi.values()
-            start, memory = time.perf_counter(), peak_memory()
-            learned, status = None, Status("done")
-            try:
-                learned = method.fit(density, run)
-            except ProblemError:
-                raise
-            except Exception as error:
-                reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-                status = Status("failed", reason)
-            cost = run.cost(time.perf_counter() - start, peak_memory() - memory)
+            learned, status, cost = measured(lambda: method.fit(density, run), run)
             theta = density.theta.values()
             broken = [n for n, v in theta.items() if not bool(v.isfinite().all())]
             if broken and status.done:

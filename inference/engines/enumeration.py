@@ -32,9 +32,8 @@ class Enumeration:
     def supports(self, density: Density) -> str:
         if density.continuous:
             return f"site {density.continuous[0]!r} is continuous; enumeration lists discrete values only"
-        unlisted = [n for n, site in density.latents.items() if site.support is None]
-        if unlisted:
-            return f"the support of site {unlisted[0]!r} cannot be listed (it is infinite or differs between elements)"
+        if density.unlisted:
+            return f"site {density.unlisted[0]!r} cannot be listed: its support is infinite or differs between elements"
         values = sum(math.log(k) * m for k, m in self._factors(density))
         if values > math.log(self.max_values) + 1e-9:
             return (

@@ -61,23 +61,19 @@ class ImportanceSampling:
         if proposal == "guide":
             density.require_guide()
             missing = [n for n in density.latents if n not in density.guide_sites]
-            if missing and any(density.latents[n].support is None for n in missing):
-                return f"the guide does not propose site {missing[0]!r}"
+            unlisted = [n for n in missing if n in density.unlisted]
+            if unlisted:
+                return f"the guide does not propose site {unlisted[0]!r}"
         if proposal == "prior" and density.improper:
             return f"site {density.improper[0]!r} has an improper prior, which cannot be drawn from"
         if proposal == "laplace" or isinstance(proposal, Posterior):
             if not density.continuous:
                 return "the latents are discrete: a t proposal does not apply; use proposal='prior' or 'guide'"
-            unlisted = [n for n in density.discrete if density.latents[n].support is None]
-            if unlisted:
-                return f"discrete site {unlisted[0]!r} can be neither proposed nor summed out"
+            if density.unlisted:
+                return f"discrete site {density.unlisted[0]!r} can be neither proposed nor summed out"
         if isinstance(proposal, Posterior) and not proposal.draws:
             raise ProblemError(f"the posterior given as proposal has no draws; status: {proposal.status}.")
-        if (
-            proposal == "auto"
-            and density.improper
-            and any(density.latents[n].support is None for n in density.discrete)
-        ):
+        if proposal == "auto" and density.improper and density.unlisted:
             return f"site {density.improper[0]!r} has an improper prior and a discrete site cannot be summed out"
         if not isinstance(proposal, str | Posterior):
             reason = as_engine(proposal).supports(density)
@@ -94,12 +90,7 @@ class ImportanceSampling:
         raw = log_weights.double().cpu()
         evidence = evidence_from_weights(raw)
         log_weights = psis(raw)[0] if self.pareto_smoothed else raw
-        values = density.constrain(z) if isinstance(z, Tensor) else dict(z)
-        missing = [n for n in density.latents if n not in values]
-        if missing:
-            notes = (*notes, f"summed out exactly, not drawn: {', '.join(missing)}")
-        values |= density.deterministic(values) if not missing else {}
-        return Draws(as_chain(values), "weighted", log_weights[None], evidence, notes=notes, log_ratio=raw)
+        return Draws(as_chain(density.complete(z)), "weighted", log_weights[None], evidence, notes=notes, log_ratio=raw)
 
     def _weighted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
         """Draws (count, *batch, ...) of a proposal and their log weights (count, *batch)."""
@@ -149,8 +140,7 @@ class ImportanceSampling:
 
     def _pilot(self, density: Density, run: Run, count: int = 200) -> str:
         """Laplace or the prior, whichever gives the larger mean effective sample size in a few draws."""
-        listed = all(density.latents[n].support is not None for n in density.discrete)
-        candidates = ["laplace"] if density.continuous and listed else []
+        candidates = ["laplace"] if density.continuous and not density.unlisted else []
         candidates += [] if density.improper else ["prior"]
         if len(candidates) == 1:
             return candidates[0]

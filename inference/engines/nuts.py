@@ -47,9 +47,8 @@ class NUTS:
     def supports(self, density: Density) -> str:
         if not density.continuous:
             return "the latents are all discrete; NUTS moves continuous ones (enumeration serves these)"
-        unlisted = [n for n in density.discrete if density.latents[n].support is None]
-        if unlisted:
-            return f"discrete site {unlisted[0]!r} cannot be summed out: its support cannot be listed"
+        if density.unlisted:
+            return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:
@@ -62,10 +61,6 @@ class NUTS:
             )
         chains = [self._chain(density, run, chain, shape, warm) for chain in range(self.num_chains)]
         u = torch.stack([c["u"] for c in chains])
-        values = density.constrain(u, deterministic=not density.discrete)
-        notes: tuple[str, ...] = ()
-        if density.discrete:
-            notes = (f"summed out exactly, not drawn: {', '.join(density.discrete)}",)
         stats = {
             n: torch.stack([c[n] for c in chains])
             for n in ("lp", "diverging", "acceptance_rate", "step_size", "n_steps")
@@ -75,7 +70,7 @@ class NUTS:
             "step_size": torch.stack([c["step_size"][-1] for c in chains]),
             "inverse_mass": torch.stack([c["inverse_mass"] for c in chains]),
         }
-        return Draws(values, "mcmc", sample_stats=stats, state=state, notes=notes)
+        return Draws(density.complete(u), "mcmc", sample_stats=stats, state=state)
 
     def _chain(
         self, density: Density, run: Run, chain: int, shape: tuple[int, ...], warm: dict[str, Tensor]

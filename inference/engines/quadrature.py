@@ -39,9 +39,8 @@ class Quadrature:
     def supports(self, density: Density) -> str:
         if not density.continuous:
             return "the latents are discrete; enumeration is exact for them"
-        unlisted = [n for n in density.discrete if density.latents[n].support is None]
-        if unlisted:
-            return f"discrete site {unlisted[0]!r} cannot be summed out"
+        if density.unlisted:
+            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
         if self.num_nodes**density.dim > self.max_nodes:
             return (
                 f"{self.num_nodes} nodes in {density.dim} dimensions are {self.num_nodes**density.dim:.3g}, more than "
@@ -61,19 +60,12 @@ class Quadrature:
         evidence = torch.logsumexp(log_weights, 0)
         coarse = torch.logsumexp(self._rule(density, fit, max(1, self.num_nodes - 2))[1], 0)
         error = (evidence - coarse).abs().cpu() if self.num_nodes > 1 else torch.full_like(evidence, math.inf).cpu()
-        values = density.constrain(u)
-        notes: tuple[str, ...] = ()
-        if density.discrete:
-            notes = (f"summed out exactly, not drawn: {', '.join(density.discrete)}",)
-        else:
-            values |= density.deterministic(values)
         return Draws(
-            as_chain(values),
+            as_chain(density.complete(u)),
             "weighted",
             log_weights=log_weights[None],
             log_evidence=Evidence(evidence.cpu(), error, "estimate"),
             state={"mode": fit.mean},
-            notes=notes,
             deterministic=True,
         )
 

@@ -70,12 +70,8 @@ class SVI:
             density.require_guide()
         elif not density.continuous:
             return f"{family} needs continuous latents and the model has none; pair the model with a guide"
-        if (
-            density.discrete
-            and family is not None
-            and any(density.latents[n].support is None for n in density.discrete)
-        ):
-            return f"discrete site {density.discrete[0]!r} cannot be summed out; pair the model with a guide"
+        if family is not None and density.unlisted:
+            return f"discrete site {density.unlisted[0]!r} cannot be summed out; pair the model with a guide"
         if self.batch_size is not None and not density.batch_plates and density.data_plate is not None:
             inside = [
                 n for n, s in density.latents.items() if density.data_plate in s.plates and n in density.continuous
@@ -146,11 +142,7 @@ class SVI:
 
     def _draws(self, density: Density, guide: Guide, notes: tuple[str, ...]) -> Draws:
         z, log_q, _ = guide.draw(1 if guide.point else self.num_samples)
-        values = density.constrain(z) if isinstance(z, Tensor) else dict(z)
-        missing = [n for n in density.latents if n not in values]
-        if missing:
-            notes = (*notes, f"summed out exactly, not drawn: {', '.join(missing)}")
-        values |= density.deterministic(values) if not missing else {}
+        values = density.complete(z)
         if guide.point:
             return Draws(as_chain(values), "point", state=guide.state(), notes=notes)
         log_ratio = (density.log_joint(z) - log_q).double()

@@ -43,9 +43,8 @@ class ML:
     def supports(self, density: Density) -> str:
         if density.continuous:
             return f"site {density.continuous[0]!r} is latent: its likelihood is an integral; use EM or SVI"
-        unlisted = [n for n in density.discrete if density.latents[n].support is None]
-        if unlisted:
-            return f"discrete site {unlisted[0]!r} cannot be summed out"
+        if density.unlisted:
+            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
         if self.batch_size is not None:
             if density.discrete and not density.batch_plates:
                 raise ProblemError("minibatches need latents that belong to one datum each; use batch_size=None.")
