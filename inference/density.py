@@ -159,6 +159,7 @@ class Density:
             name: replace(site, batch=dims) if all(p in site.plates for p in self.batch_plates) else site
             for name, site in self.sites.items()
         }
+        self.guide_sites = {name: replace(site, batch=dims) for name, site in self.guide_sites.items()}
         self.latents = {n: s for n, s in self.sites.items() if s.role == "latent"}
         self.discrete = [n for n, s in self.latents.items() if s.discrete]
         self.continuous = [n for n, s in self.latents.items() if not s.discrete]

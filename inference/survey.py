@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro
@@ -76,8 +76,7 @@ def survey_guide(problem: Problem, model: ModelFacts) -> GuideFacts:
     # a guide that proposes points (Delta) shows its parameters in its values only
     values: list[Tensor] = [m["value"] for m in survey.messages.values() if not m["is_observed"]]
     phi = find_parameters(log_probs + values, problem.guide, _data(problem) + model.theta.tensors)
-    dims = tuple(p.dim for p in model.batch_plates)
-    return GuideFacts({name: replace(site, batch=dims) for name, site in sites.items()}, phi)
+    return GuideFacts(sites, phi)
 
 
 def _check_guide(sites: Mapping[str, Site], model: ModelFacts) -> None:
