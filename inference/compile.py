@@ -8,7 +8,8 @@ values), or where tracing fails, the program runs as it is: the same answer, onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,9 +33,12 @@ def traced(function: Function, examples: list[tuple[Tensor, ...]], moving: list[
         except Exception as error:
             return function, f"not traced: {str(error).strip().splitlines()[0] if str(error) else type(error).__name__}"
         _fold_constants(graph, moving)
-        for args in examples:
-            if not _agree(function, graph, args):
-                return function, "not traced: its operations depend on values"
+        agree = all(_agree(function, graph, args) for args in examples)
+        for sign in (-1.0, 1.0, 5.0):
+            with _moved(moving, sign):
+                agree = agree and _agree(function, graph, examples[0])
+        if not agree:
+            return function, "not traced: its operations depend on values"
 
     def run(*args: Tensor) -> tuple[Tensor, ...]:
         with torch.no_grad():
@@ -45,14 +49,20 @@ def traced(function: Function, examples: list[tuple[Tensor, ...]], moving: list[
 
 def _fold_constants(graph: torch.fx.GraphModule, moving: list[Tensor]) -> None:
     """Compute once what depends on no argument, no moving tensor and no random number."""
-    live = {id(t) for t in moving}
+    live, written = {id(t) for t in moving}, _written(graph.graph)
     known: dict[torch.fx.Node, Tensor] = {}
     for node in graph.graph.nodes:
         if node.op == "get_attr":
             value = getattr(graph, node.target)
             if isinstance(value, Tensor) and id(value) not in live:
                 known[node] = value
-        elif node.op == "call_function" and all(i in known for i in node.all_input_nodes) and _pure(node):
+        elif (
+            node.op == "call_function"
+            and node not in written
+            and not _draws(node)
+            and not _schema(node).is_mutable
+            and all(i in known for i in node.all_input_nodes)
+        ):
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda i: known[i])
             value = node.target(*args, **kwargs)
             if isinstance(value, Tensor):
@@ -67,13 +77,39 @@ def _fold_constants(graph: torch.fx.GraphModule, moving: list[Tensor]) -> None:
     graph.recompile()
 
 
-def _pure(node: torch.fx.Node) -> bool:
-    """Whether the node draws nothing, writes nothing, and is written to by nothing."""
-    target: Any = node.target
-    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded in target.tags:
-        return False
-    users: list[Any] = [user.target for user in node.users]
-    return not any(isinstance(t, torch._ops.OpOverload) and t._schema.is_mutable for t in (target, *users))
+def _written(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Nodes whose memory some node writes to: its arguments, and what these are views of."""
+    written: set[torch.fx.Node] = set()
+    stack = [i for node in graph.nodes if _schema(node) and _schema(node).is_mutable for i in node.all_input_nodes]
+    while stack:
+        node = stack.pop()
+        if node not in written:
+            written.add(node)
+            if _schema(node) and any(r.alias_info is not None for r in _schema(node).returns):
+                stack += node.all_input_nodes
+    return written
+
+
+def _schema(node: torch.fx.Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
+def _draws(node: torch.fx.Node) -> bool:
+    return not isinstance(node.target, torch._ops.OpOverload) or (torch.Tag.nondeterministic_seeded in node.target.tags)
+
+
+@contextmanager
+def _moved(tensors: list[Tensor], sign: float) -> Iterator[None]:
+    """Inside, the tensors have other values: what the program decides by them, it may decide otherwise."""
+    kept = [t.data for t in tensors]
+    for t in tensors:
+        if t.is_floating_point():
+            t.data = sign * t.data * (1 + torch.rand_like(t.data)) + torch.randn_like(t.data) * 0.1
+    try:
+        yield
+    finally:
+        for t, value in zip(tensors, kept, strict=True):
+            t.data = value
 
 
 def _agree(function: Function, graph: Any, args: tuple[Tensor, ...]) -> bool:

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 from .compile import traced
 from .marginal import enumerated_trace, sum_out
+from .parameters import Lent, kept_frozen, modules_in_reach
 from .preflight import BATCHED, batches_over_draws, couples_data
 from .problem import Problem, ProblemError
 from .program import Plate, Reading, Scribe, over_draws
@@ -87,7 +88,7 @@ class Density:
         self.counts = {"evaluations": 0.0, "gradients": 0.0}
         self.vectorised = True
         self.args, self.kwargs = problem.args, dict(problem.kwargs)
-        self._store: dict[str, Any] = {"params": {}, "constraints": {}}
+        self._store: Any = pyro.get_param_store().get_state()  # what plain Pyro trained is where a run starts
         self._exit = ExitStack()
         self._depth = 0
         self._graphs: dict[tuple[int, ...], tuple[Callable[..., Any], str]] = {}
@@ -95,8 +96,11 @@ class Density:
         self._phi_given = False
         self._minibatch: tuple[Plate, Tensor, float] | None = None
         with pyro.get_param_store().scope(self._store), torch.random.fork_rng(devices=[]):
-            model = survey_model(problem)
-            guide = survey_guide(problem, model)
+            reach = [*modules_in_reach(problem.model), *modules_in_reach(problem.guide)]
+            self._buffers = Lent([buffer for module in reach for buffer in module.buffers()])
+            with self._buffers.lend(), kept_frozen(reach) as frozen:
+                model = survey_model(problem, frozen)
+                guide = survey_guide(problem, model, frozen)
         self.sites, self.theta, self.improper = model.sites, model.theta, model.improper
         self.batch_plates, self.data_plate = model.batch_plates, model.data_plate
         self.guide_sites, self.phi, self._guide_fault = guide.sites, guide.phi, guide.fault
@@ -115,7 +119,7 @@ class Density:
                     self._preflight()
                 return
             except RuntimeError as error:
-                if attempt == own or "dtype" not in str(error):
+                if attempt == own:
                     raise ProblemError(f"the model failed when run again: {error}") from error
                 self.notes.append(f"the program cannot run in {_name(dtype)}; figures are in {_name(own)}")
 
@@ -141,6 +145,7 @@ class Density:
         if self._depth == 1:
             with ExitStack() as stack:
                 stack.enter_context(pyro.get_param_store().scope(self._store))
+                stack.enter_context(self._buffers.lend())
                 stack.enter_context(self.theta.lend())
                 stack.enter_context(self.phi.lend())
                 stack.enter_context(_defaults(self.dtype, self.device))
@@ -180,6 +185,7 @@ class Density:
 
     def _cast(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
+        self._buffers.cast(dtype, self.device)
         self.theta.cast(dtype, self.device)
         self.phi.cast(dtype, self.device)
         self.args = tuple(_convert(v, dtype, self.device) for v in self.problem.args)

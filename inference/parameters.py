@@ -8,7 +8,9 @@ borrows the leaves (`lend`): it may change their values, dtype and device, and g
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,13 +50,41 @@ class Leaf:
         self.tensor.data = value.clone()
 
 
+class Lent:
+    """Tensors of the user's that a run borrows: inside `lend` they hold the run's values, afterwards their owner's."""
+
+    def __init__(self, tensors: list[Tensor]) -> None:
+        self.tensors = tensors
+        self._kept = [t.data.clone() for t in tensors]
+
+    def cast(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """Change what the next `lend` puts into the tensors; whole numbers keep their type."""
+        self._kept = [v.to(dtype=dtype if v.is_floating_point() else v.dtype, device=device) for v in self._kept]
+
+    @contextmanager
+    def lend(self) -> Iterator[None]:
+        owner = [(t.data, t.grad) for t in self.tensors]
+        for tensor, value in zip(self.tensors, self._kept, strict=True):
+            tensor.grad = None
+            tensor.data = value
+        try:
+            yield
+        finally:
+            self._kept = [t.data for t in self.tensors]
+            for tensor, (value, grad) in zip(self.tensors, owner, strict=True):
+                tensor.grad = None
+                tensor.data = value
+                tensor.grad = grad
+
+
 class Parameters:
     """The named leaves of one program, in a fixed order."""
 
     def __init__(self, leaves: Mapping[str, Leaf]) -> None:
         self.by_name = dict(leaves)
         self.tensors = [leaf.tensor for leaf in leaves.values()]
-        self._kept = [t.data.clone() for t in self.tensors]
+        self._lent = Lent(self.tensors)
+        self.cast, self.lend = self._lent.cast, self._lent.lend
 
     def __len__(self) -> int:
         return len(self.tensors)
@@ -84,44 +114,26 @@ class Parameters:
                 raise ProblemError(f"no parameter {name!r} in the model.{hint}")
             self.by_name[name].set(value)
 
-    def cast(self, dtype: torch.dtype, device: torch.device | None) -> None:
-        """Change what the next `lend` puts into the leaves."""
-        self._kept = [value.to(dtype=dtype, device=device) for value in self._kept]
-
-    @contextmanager
-    def lend(self) -> Iterator[None]:
-        """Put this run's values into the leaves; at the end keep them here and give the owner's back."""
-        owner = [(t.data, t.grad) for t in self.tensors]
-        for tensor, value in zip(self.tensors, self._kept, strict=True):
-            tensor.grad = None
-            tensor.data = value
-        try:
-            yield
-        finally:
-            self._kept = [t.data for t in self.tensors]
-            for tensor, (value, grad) in zip(self.tensors, owner, strict=True):
-                tensor.grad = None
-                tensor.data = value
-                tensor.grad = grad
-
 
 def find_parameters(outputs: list[Tensor], program: Callable[..., Any], exclude: list[Tensor]) -> Parameters:
     """The leaves that `outputs` depend on, with names as the user knows them."""
     excluded = {id(t) for t in exclude}
-    found = [t for t in _graph_leaves(outputs) if id(t) not in excluded]
+    found = {id(t): t for t in _graph_leaves(outputs) if id(t) not in excluded}
     state = pyro.get_param_store().get_state()
-    stored = {id(t): name for name, t in state["params"].items()}
-    named = _names_in_reach(program)
+    known: dict[int, tuple[str, Any]] = {
+        id(t): (name.replace("$$$", "."), state["constraints"][name]) for name, t in state["params"].items()
+    }
+    for key, named in _in_reach(program).items():
+        known.setdefault(key, named)
     leaves: dict[str, Leaf] = {}
-    for i, tensor in enumerate(found):
-        key = stored.get(id(tensor))
-        constraint = state["constraints"].get(key, constraints.real) if key else constraints.real
-        if constraint is not constraints.real and type(constraint) is type(constraints.real):
-            constraint = constraints.real  # a copy that Pyro makes of the same constraint
-        name = (key or named.get(id(tensor)) or f"parameter_{i}").replace("$$$", ".")
-        leaves[name] = Leaf(name, tensor, constraint)
-    order = {name: i for i, name in enumerate([*(n.replace("$$$", ".") for n in state["params"]), *named.values()])}
-    return Parameters({name: leaves[name] for name in sorted(leaves, key=lambda n: order.get(n, len(order)))})
+    for key in [*(k for k in known if k in found), *(k for k in found if k not in known)]:
+        name, constraint = known.get(key, (f"parameter_{len(leaves)}", constraints.real))
+        if type(constraint) is type(constraints.real):
+            constraint = constraints.real  # Pyro makes copies of the same constraint
+        if name in leaves:
+            name = next(n for n in (f"{name}_{i}" for i in itertools.count(2)) if n not in leaves)
+        leaves[name] = Leaf(name, found[key], constraint)
+    return Parameters(leaves)
 
 
 def _graph_leaves(outputs: list[Tensor]) -> list[Tensor]:
@@ -142,20 +154,63 @@ def _graph_leaves(outputs: list[Tensor]) -> list[Tensor]:
     return list(found.values())
 
 
-def _names_in_reach(program: Callable[..., Any]) -> dict[int, str]:
-    """id -> name for parameters that the program owns (a module, a bound method) or closes over."""
-    names: dict[int, str] = {}
-    owner = program if isinstance(program, nn.Module) else getattr(program, "__self__", None)
-    if isinstance(owner, nn.Module):
-        names.update({id(p): n for n, p in owner.named_parameters()})
-    function = program.forward if isinstance(program, nn.Module) else program
-    function = getattr(inspect.unwrap(function), "__func__", inspect.unwrap(function))
-    if inspect.isfunction(function):
-        scope = inspect.getclosurevars(function)
-        for variable, value in {**scope.globals, **scope.nonlocals}.items():
-            if isinstance(value, nn.Module):
-                for n, p in value.named_parameters():
-                    names.setdefault(id(p), f"{variable}.{n}")
-            elif isinstance(value, Tensor) and value.requires_grad:
-                names.setdefault(id(value), variable)
+def _in_reach(program: Any, prefix: str = "", depth: int = 3) -> dict[int, tuple[str, Any]]:
+    """id -> (name, constraint) of the parameters of modules that a program is, is bound to, or holds: as a method's
+    owner, an argument of a partial (what Pyro's handlers return), or a variable that a function closes over."""
+    if isinstance(program, Tensor):
+        return {id(program): (prefix.rstrip("."), constraints.real)} if program.requires_grad else {}
+    if isinstance(program, nn.Module):
+        return _of_module(program, prefix)
+    names: dict[int, tuple[str, Any]] = {}
+    for name, value in _inside(program) if depth else ():
+        for key, named in _in_reach(value, f"{prefix}{name}." if name else prefix, depth - 1).items():
+            names.setdefault(key, named)
+    return names
+
+
+def _inside(program: Any) -> list[tuple[str, Any]]:
+    """What a program holds, by name ('' where the name says nothing): modules, tensors and further programs."""
+    held: list[tuple[str, Any]] = []
+    if isinstance(program, functools.partial):
+        held = [("", program.func), *(("", a) for a in program.args), *program.keywords.items()]
+    elif inspect.ismethod(program):
+        owner = program.__self__
+        held = [("", owner)] if isinstance(owner, nn.Module) else list(vars(owner).items())
+        held.append(("", program.__func__))
+    elif inspect.isfunction(program):
+        scope = inspect.getclosurevars(inspect.unwrap(program))
+        held = [*scope.nonlocals.items(), *scope.globals.items()]
+    kinds = (nn.Module, Tensor, functools.partial)
+    return [(n, v) for n, v in held if isinstance(v, kinds) or inspect.ismethod(v) or inspect.isfunction(v)]
+
+
+def modules_in_reach(program: Any, depth: int = 3) -> list[nn.Module]:
+    """The modules that a program is, is bound to, or holds."""
+    if isinstance(program, nn.Module):
+        return [program]
+    return [m for _, value in _inside(program) if depth for m in modules_in_reach(value, depth - 1)]
+
+
+@contextmanager
+def kept_frozen(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    """Gives the frozen parameters of the modules, and freezes them again: a `PyroModule` thaws what it reads first."""
+    frozen: list[Tensor] = [p for module in modules for p in module.parameters() if not p.requires_grad]
+    try:
+        yield frozen
+    finally:
+        for tensor in frozen:
+            tensor.requires_grad_(False)
+
+
+def _of_module(module: nn.Module, prefix: str) -> dict[int, tuple[str, Any]]:
+    """Parameters by attribute path; a `PyroParam` under its own name, with its constraint."""
+    names: dict[int, tuple[str, Any]] = {}
+    for path, part in module.named_modules():
+        place = f"{prefix}{path}." if path else prefix
+        constrained = getattr(part, "_pyro_params", {})
+        for name, tensor in part.named_parameters(recurse=False):
+            own = name.removesuffix("_unconstrained")
+            known = own in constrained
+            constraint = constrained[own][0] if known else constraints.real
+            names.setdefault(id(tensor), (f"{place}{own if known else name}", constraint))
     return names

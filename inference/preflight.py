@@ -45,7 +45,7 @@ def check_minibatch(density: Density) -> None:
     """See that rows of the data have the rows' own likelihoods. Raises `ProblemError` where they do not."""
     plate = density.sliceable()
     index = torch.arange(plate.size - 1, -1, -2, device=density.device)[: max(1, plate.size // 2)]
-    with density, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with density, density.uncounted(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         values = {n: v[0] for n, v in density.some_values(1).items()}
         full = _per_row(density, values, plate, None)
         try:

@@ -19,7 +19,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import Beta, LKJCholesky, biject_to
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -55,6 +55,11 @@ class Site:
     unconstrained_event_dim: int = 0
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
+
+    def shape_of(self, fn: Any, value: Tensor) -> torch.Size:
+        """The shape that an observed value has once it is broadcast against its distribution."""
+        batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - self.event_dim])
+        return torch.Size((*batch, *value.shape[value.dim() - self.event_dim :]))
 
     @property
     def inner_shape(self) -> tuple[int, ...]:
@@ -146,7 +151,11 @@ class Scribe(Messenger):
             return
         if self.minibatch is not None:
             msg["scale"] = self._scale(msg, self.minibatch)
-        if name not in self.given or msg["is_observed"]:
+        if msg["is_observed"]:
+            return
+        if name not in self.given:
+            if isinstance(msg["fn"], LKJCholesky):
+                msg["value"] = _draw_lkj(msg["fn"])
             return
         value = self.given[name]
         if self.transformed:
@@ -167,6 +176,9 @@ class Scribe(Messenger):
             )
         fn: TorchDistributionMixin = msg["fn"]
         value = msg["value"]
+        if name not in self.given and site.role == "latent" and value.is_floating_point():
+            # a prior that was built with other numbers draws in its own dtype: the program goes on in the run's
+            value = msg["value"] = value.to(torch.get_default_dtype())
         if site.role == "deterministic":
             if "values" in self.want:
                 self.reading.values[name] = site.to_own(value, site.event_dim)
@@ -189,8 +201,7 @@ class Scribe(Messenger):
         else:
             self.reading.log_likelihood = self.reading.log_likelihood + self._per_element(log_prob, site)
             if "values" in self.want and site.role == "observed":
-                shape = torch.Size((*fn.batch_shape, *value.shape[value.dim() - site.event_dim :]))
-                self.reading.values[name] = site.to_own(value.expand(shape), site.event_dim)
+                self.reading.values[name] = site.to_own(value.expand(site.shape_of(fn, value)), site.event_dim)
             if "pointwise" in self.want and site.role == "observed":
                 self.reading.pointwise[name] = site.to_own(log_prob, 0)
 
@@ -217,6 +228,7 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
     Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: torch.randn_like(t) * std + mean,
     Tensor.uniform_: lambda t, low=0.0, high=1.0, **_: torch.rand_like(t) * (high - low) + low,
     Tensor.exponential_: lambda t, rate=1.0, **_: -torch.log1p(-torch.rand_like(t)) / rate,
+    Tensor.clamp_: lambda t, *args, **kwargs: t.copy_(t.clamp(*args, **kwargs)),  # in effect still in place
     Tensor.cauchy_: lambda t, loc=0.0, scale=1.0, **_: loc + scale * torch.tan(torch.pi * (torch.rand_like(t) - 0.5)),
 }
 
@@ -224,6 +236,22 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
 class _OutOfPlaceRandomness(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
+
+
+def _draw_lkj(fn: Any) -> Tensor:
+    """A Cholesky factor of a correlation matrix by the onion method (Lewandowski, Kurowicka & Joe 2009,
+    doi:10.1016/j.jmva.2009.04.008, section 3.2): row r is a uniform direction of squared length
+    Beta(r / 2, eta + (dim - 1 - r) / 2). torch's own draws (2.13) take Beta(r - 1/2, ...), which is right in two
+    dimensions only."""
+    eta = fn.concentration[..., None]
+    row = torch.arange(1, fn.dim, dtype=eta.dtype, device=eta.device)
+    half, rest = torch.broadcast_tensors(row / 2, eta + (fn.dim - 1 - row) / 2)
+    squared = Beta(half, rest).sample()
+    direction = torch.randn((*squared.shape, fn.dim), dtype=eta.dtype, device=eta.device).tril()
+    below = squared.sqrt()[..., None] * direction / direction.norm(dim=-1, keepdim=True)
+    below = torch.cat([torch.zeros_like(below[..., :1, :]), below], -2)
+    diagonal = (1 - below.square().sum(-1)).clamp_min(torch.finfo(eta.dtype).tiny).sqrt()
+    return below + torch.diag_embed(diagonal)
 
 
 class _DirichletByGammas:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyro
@@ -39,8 +39,9 @@ class GuideFacts:
     fault: ProblemError | None = None
 
 
-def survey_model(problem: Problem) -> ModelFacts:
-    """Run the model once. Raises `ProblemError`, naming the site or argument, where it cannot be used."""
+def survey_model(problem: Problem, frozen: Sequence[Tensor] = ()) -> ModelFacts:
+    """Run the model once; `frozen` are no parameters, whatever Pyro makes of them. Raises `ProblemError`, naming the
+    site or argument, where the model cannot be used."""
     for where, value in [*enumerate(problem.args), *problem.kwargs.items()]:
         if isinstance(value, Tensor) and value.requires_grad:
             raise ProblemError(f"argument {where}: data must not require gradients; pass it detached.")
@@ -53,12 +54,12 @@ def survey_model(problem: Problem) -> ModelFacts:
     batch_plates = _common_plates(latent + observed)
     shared = batch_plates or _common_plates(observed)
     improper = [s.name for s in latent if _is_improper(survey.messages[s.name]["fn"])]
-    theta = find_parameters(_log_probs(survey), problem.model, _data(problem))
+    theta = find_parameters(_log_probs(survey), problem.model, [*_data(problem), *frozen])
     data_plate = max(shared, key=lambda p: p.size) if shared else None
     return ModelFacts(sites, theta, improper, batch_plates, data_plate)
 
 
-def survey_guide(problem: Problem, model: ModelFacts) -> GuideFacts:
+def survey_guide(problem: Problem, model: ModelFacts, frozen: Sequence[Tensor] = ()) -> GuideFacts:
     """Run the guide once. A fault is kept, for the engine that asks for the guide: the others do not need it."""
     if problem.guide is None:
         return GuideFacts(
@@ -75,7 +76,7 @@ def survey_guide(problem: Problem, model: ModelFacts) -> GuideFacts:
         return GuideFacts(fault=error)
     # a guide that proposes points (Delta) shows its parameters in its values only
     values: list[Tensor] = [m["value"] for m in survey.messages.values() if not m["is_observed"]]
-    phi = find_parameters(log_probs + values, problem.guide, _data(problem) + model.theta.tensors)
+    phi = find_parameters(log_probs + values, problem.guide, [*_data(problem), *frozen, *model.theta.tensors])
     return GuideFacts(sites, phi)
 
 
@@ -220,9 +221,8 @@ def _describe(name: str, msg: Message) -> Site:
         event_dim = _deterministic_event_dim(value.shape, plates)
         return Site(name, role, event_dim, plates if event_dim < value.dim() else (), tuple(value.shape))
     if role != "latent":
-        return Site(
-            name, role, fn.event_dim, plates, tuple(fn.batch_shape) + tuple(value.shape[value.dim() - fn.event_dim :])
-        )
+        site = Site(name, role, fn.event_dim, plates, tuple(value.shape))
+        return replace(site, shape=tuple(site.shape_of(fn, value)))
     try:
         discrete = bool(fn.support.is_discrete)
     except NotImplementedError:
