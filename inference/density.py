@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_map
 from .compile import traced
 from .marginal import enumerated_trace, sum_out
 from .parameters import Lent, kept_frozen, modules_in_reach
-from .preflight import BATCHED, batches_over_draws, couples_data
+from .preflight import BATCHED, batches_over_draws, couples_data, refuse_randomness
 from .problem import Problem, ProblemError
-from .program import Plate, Reading, Scribe, over_draws
+from .program import SOMETIMES, Plate, Reading, Scribe, over_draws
 from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
@@ -126,6 +126,7 @@ class Density:
     def _preflight(self) -> None:
         if self.latents and not (self.improper and self.unlisted):
             values = self.some_values(3)
+            refuse_randomness(self, values)
             self.vectorised = batches_over_draws(self, values)
             if not self.vectorised:
                 self.notes.append(BATCHED)
@@ -207,6 +208,9 @@ class Density:
             if isinstance(values, Mapping):
                 phi = {n: v for n, v in values.items() if n in self.phi and n not in self.theta}
                 self.theta.set({n: v for n, v in values.items() if n not in phi})
+            elif not hasattr(values, "guide_parameters"):
+                kind = type(values).__name__
+                raise ProblemError(f"parameters: expected a mapping from names to values, or a Fit; got {kind}.")
             else:
                 phi = {n: v for n, v in values.guide_parameters.items() if n in self.phi}
                 self.theta.set(values.parameters)
@@ -425,6 +429,8 @@ class Density:
         scribe = Scribe(self.sites, self._given(z), transformed=transformed, minibatch=self._minibatch, want=want)
         with scribe:
             self.problem.model(*self.args, **self.kwargs)
+        if len(scribe.seen) < len(self.sites):
+            raise ProblemError(SOMETIMES.format(next(n for n in self.sites if n not in scribe.seen)))
         return scribe.reading
 
     def _given(self, z: Any) -> dict[str, Tensor]:

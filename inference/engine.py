@@ -131,21 +131,33 @@ def infer(
     a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
     """
     method: Engine = as_engine(engine)
-    _check_problem(problem)
+    check_problem(problem)
     with isolated(seed, device), torch.no_grad():
         density, reason = _prepare(problem, method, parameters, device)
         if reason:
             return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
-        state = {} if warm is None else dict(warm.state)
+        state = _warm_state(warm, method)
         with density, reporter(progress, method.name) as report:
             return _run(density, method, Run(density, np.random.SeedSequence(seed), state, report), seed)
+
+
+def _warm_state(warm: Any, method: Engine) -> dict[str, Tensor]:
+    if warm is None:
+        return {}
+    if not isinstance(warm, Posterior):
+        raise ProblemError(f"warm: expected a Posterior of an earlier run, got {type(warm).__name__}.")
+    if warm.engine != method.name:
+        raise ProblemError(f"warm: a posterior of engine {warm.engine!r} cannot start {method.name!r}.")
+    if not warm.state:
+        raise ProblemError(f"warm: the earlier run left no state to go on from; its status: {warm.status}.")
+    return dict(warm.state)
 
 
 def why_not(
     problem: Problem, engine: Engine | type[Engine] | str, parameters: Mapping[str, Tensor] | Fit | None = None
 ) -> str:
     """Why the engine cannot serve the problem, in words; '' where it can. Runs the model a few times only."""
-    _check_problem(problem)
+    check_problem(problem)
     with isolated(0), torch.no_grad():
         return _prepare(problem, as_engine(engine), parameters, None)[1]
 
@@ -284,7 +296,7 @@ def seed_all(sequence: np.random.SeedSequence) -> None:
     random.seed(int(words[2]))
 
 
-def _check_problem(problem: Any) -> None:
+def check_problem(problem: Any) -> None:
     if not isinstance(problem, Problem):
         raise ProblemError(f"expected a Problem, got {type(problem).__name__}; write Problem(model, args=(x,)).")
 

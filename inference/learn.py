@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import Run, finish, isolated, measured, reporter
+from .engine import Run, check_problem, finish, isolated, measured, reporter
 from .learning import Learned, Trail, TrailWriter, check_learnable
 from .posterior import Cost, Posterior, Status
-from .problem import Problem, ProblemError
+from .problem import Problem
 from .registry import as_learner
 from .settings import options
 
@@ -66,8 +66,7 @@ def learn(
     Arguments as for `infer`. Raises `ProblemError` for input that cannot be used.
     """
     method: Learner = as_learner(learner)
-    if not isinstance(problem, Problem):
-        raise ProblemError(f"expected a Problem, got {type(problem).__name__}; write Problem(model, args=(x,)).")
+    check_problem(problem)
     with isolated(seed, device):
         prepare = getattr(method, "prepare", None)
         density = Density(

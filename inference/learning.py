@@ -89,8 +89,6 @@ def minibatches(density: Density, batch_size: int | None) -> Iterator[Tensor | N
         while True:
             yield None
     size = density.sliceable().size
-    if batch_size > size:
-        raise ProblemError(f"batch_size = {batch_size} is larger than the {size} data.")
     while True:
         order = torch.randperm(size)
         if density.device is not None:

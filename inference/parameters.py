@@ -38,11 +38,16 @@ class Leaf:
 
     def set(self, value: Tensor) -> None:
         """Write a constrained value into the leaf. Raises `ProblemError` on a wrong shape or a value outside."""
-        value = torch.as_tensor(value, dtype=self.tensor.dtype, device=self.tensor.device).detach()
+        try:
+            value = torch.as_tensor(value, dtype=self.tensor.dtype, device=self.tensor.device).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ProblemError(f"parameter {self.name!r}: expected a tensor or number, got {value!r}.") from error
         if value.shape != self.value().shape:
             raise ProblemError(
                 f"parameter {self.name!r}: expected shape {tuple(self.value().shape)}, got {tuple(value.shape)}."
             )
+        if not bool(value.isfinite().all()):
+            raise ProblemError(f"parameter {self.name!r}: not all of its values are finite.")
         if not bool(self.constraint.check(value).all()):
             raise ProblemError(f"parameter {self.name!r}: a value lies outside {self.constraint}.")
         if self.constraint is not constraints.real:
@@ -109,7 +114,7 @@ class Parameters:
         """Write constrained values by name. Raises `ProblemError` on an unknown name, with the nearest one."""
         for name, value in values.items():
             if name not in self.by_name:
-                near = difflib.get_close_matches(name, self.by_name, 1)
+                near = difflib.get_close_matches(str(name), self.by_name, 1)
                 hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(self.by_name) or 'none'}."
                 raise ProblemError(f"no parameter {name!r} in the model.{hint}")
             self.by_name[name].set(value)

@@ -16,6 +16,17 @@ if TYPE_CHECKING:
 BATCHED = "the program cannot be batched over draws (its control flow depends on them): slower"
 
 
+def refuse_randomness(density: Density, values: dict[str, Tensor]) -> None:
+    """The same values must have the same density twice. Raises `ProblemError` where the program draws by itself."""
+    density.vectorised = False
+    first, second = density.log_joint(values), density.log_joint(values)
+    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
+        raise ProblemError(
+            "the model draws random numbers outside of its sample sites (dropout, noise, a site hidden by block), so "
+            "it has no density: call model.eval(), or make what is random a sample site."
+        )
+
+
 def batches_over_draws(density: Density, values: dict[str, Tensor]) -> bool:
     """Whether three draws at once, by vmap, have the log joints that they have one by one."""
     density.vectorised = False
@@ -41,9 +52,11 @@ def couples_data(density: Density, values: dict[str, Tensor]) -> bool:
     return not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def check_minibatch(density: Density) -> None:
+def check_minibatch(density: Density, batch_size: int) -> None:
     """See that rows of the data have the rows' own likelihoods. Raises `ProblemError` where they do not."""
     plate = density.sliceable()
+    if batch_size > plate.size:
+        raise ProblemError(f"batch_size = {batch_size} is larger than the {plate.size} data.")
     index = torch.arange(plate.size - 1, -1, -2, device=density.device)[: max(1, plate.size // 2)]
     with density, density.uncounted(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         values = {n: v[0] for n, v in density.some_values(1).items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -80,6 +80,11 @@ class Problem:
         if self.guide is not None and not callable(self.guide):
             hint = " Name an autoguide in the engine: SVI(guide='AutoNormal')." if isinstance(self.guide, str) else ""
             raise ProblemError(f"guide: expected a Pyro callable or None, got {type(self.guide).__name__}.{hint}")
+        if isinstance(self.guide, type):
+            name = self.guide.__name__
+            raise ProblemError(
+                f"guide: {name} is a class; pass an instance, or give it to the engine, SVI(guide={name})."
+            )
         for field_name in ("args", "held_out"):
             value = getattr(self, field_name)
             if field_name == "held_out" and value is None:
@@ -88,13 +93,10 @@ class Problem:
                 raise ProblemError(
                     f"{field_name}: expected a tuple, got {type(value).__name__}; write {field_name}=(x,) for one."
                 )
-            for i, item in enumerate(value):
-                if isinstance(item, Tensor) and item.numel() == 0:
-                    raise ProblemError(
-                        f"{field_name}[{i}] is empty, shape {tuple(item.shape)}: there are no data to infer from."
-                    )
+            _refuse_empty(field_name, enumerate(value))
         if not isinstance(self.kwargs, Mapping):
             raise ProblemError(f"kwargs: expected a dict, got {type(self.kwargs).__name__}.")
+        _refuse_empty("kwargs", self.kwargs.items())
         if self.m_step is not None and not callable(self.m_step):
             raise ProblemError(f"m_step: expected a function or None, got {type(self.m_step).__name__}.")
         if not (self.reference is None or isinstance(self.reference, Reference) or callable(self.reference)):
@@ -122,3 +124,9 @@ class Problem:
             return self.reference
         with torch.no_grad():
             return self.reference(parameters, *self.args)
+
+
+def _refuse_empty(where: str, items: Iterable[tuple[Any, Any]]) -> None:
+    for key, item in items:
+        if isinstance(item, Tensor) and item.numel() == 0:
+            raise ProblemError(f"{where}[{key!r}] is empty, shape {tuple(item.shape)}: no data to infer from.")

@@ -6,6 +6,7 @@ reparam ...) has had its say, sets the values at latent sites, and adds up log p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,7 @@ class Site:
     support: Tensor | None = None  # of an enumerable site: (k, *event)
     auxiliary: bool = False
     reparameterised: bool = True
+    bounded: bool = False  # a continuous site that has no density somewhere
     unconstrained_event_dim: int = 0
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
@@ -100,6 +102,9 @@ class Site:
         return value.reshape(shape) if dropped else value
 
 
+SOMETIMES = "site {!r} appears in some runs of the program only; the sites must always be the same."
+
+
 @dataclass
 class Reading:
     """What one run of a program tells. Log probabilities have the shape of the batch."""
@@ -140,6 +145,7 @@ class Scribe(Messenger):
         self.minibatch = minibatch
         self.want = want
         self.reading = Reading()
+        self.seen: set[str] = set()
 
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample":
@@ -171,9 +177,8 @@ class Scribe(Messenger):
         name: str = msg["name"]
         site = self.sites.get(name)
         if site is None:
-            raise ProblemError(
-                f"site {name!r} appears in some runs of the program only; sites must be the same always."
-            )
+            raise ProblemError(SOMETIMES.format(name))
+        self.seen.add(name)
         fn: TorchDistributionMixin = msg["fn"]
         value = msg["value"]
         if name not in self.given and site.role == "latent" and value.is_floating_point():
@@ -184,6 +189,9 @@ class Scribe(Messenger):
                 self.reading.values[name] = site.to_own(value, site.event_dim)
             return
         raw = fn.log_prob(value)
+        if site.bounded and name in self.given and not self.transformed:
+            # formulas go on outside of the support, where there is no density
+            raw = torch.where(fn.support.check(value), raw, -math.inf)
         log_prob = scale_and_mask(raw, msg["scale"], msg["mask"])
         if log_prob.dim() < len(fn.batch_shape):
             log_prob = log_prob.expand(fn.batch_shape)

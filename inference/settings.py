@@ -16,6 +16,10 @@ _FOREIGN = {  # spellings of PyMC, Stan and NumPyro
     "n_samples": "num_samples",
     "iter_sampling": "num_samples",
     "tune": "warmup_steps",
+    "target_accept": "target_acceptance",
+    "target_accept_prob": "target_acceptance",
+    "adapt_delta": "target_acceptance",
+    "max_treedepth": "max_tree_depth",
     "num_warmup": "warmup_steps",
     "iter_warmup": "warmup_steps",
     "chains": "num_chains",
@@ -33,7 +37,7 @@ def settings(cls: type[T]) -> type[T]:
     """A frozen dataclass whose unknown settings are refused with the nearest name, and whose counts are checked."""
     cls = dataclass(frozen=True, kw_only=True)(cls)
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]
-    counts = [n for n in names if n.startswith("num_") or n in ("warmup_steps", "batch_size")]
+    counts = [f.name for f in fields(cls) if f.type in ("int", "int | None")]  # type: ignore[arg-type]
     plain = cls.__init__
 
     def checked_init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -67,6 +71,15 @@ def check_positive(engine: Any, *names: str) -> None:
             raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a positive number.")
 
 
+def check_optimizer(method: Any) -> None:
+    """Any torch optimiser class, or a function of (tensors, lr=...); None where it is the default."""
+    value = method.optimizer
+    if not callable(value) and not (value is None and type(method).optimizer is None):
+        raise ProblemError(
+            f"{type(method).__name__}(optimizer={value!r}): expected a torch optimiser class, such as torch.optim.Adam."
+        )
+
+
 def options(method: Any) -> dict[str, Any]:
     """The settings of an engine or learner as plain data: what a record needs to say how it was run."""
 
@@ -83,6 +96,8 @@ def options(method: Any) -> dict[str, Any]:
 
 
 def _nearest(name: str, names: list[str]) -> str:
+    if name in ("seed", "device", "progress", "parameters", "warm"):
+        return f"Give it to the call: infer(problem, engine, {name}=...)."
     if _FOREIGN.get(name) in names:
         return f"Did you mean {_FOREIGN[name]!r}?"
     near = difflib.get_close_matches(name, names, 1)

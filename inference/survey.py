@@ -12,7 +12,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
+from torch.utils._pytree import tree_leaves
 
 from .parameters import Parameters, find_parameters
 from .problem import Problem, ProblemError
@@ -43,9 +44,10 @@ def survey_model(problem: Problem, frozen: Sequence[Tensor] = ()) -> ModelFacts:
     """Run the model once; `frozen` are no parameters, whatever Pyro makes of them. Raises `ProblemError`, naming the
     site or argument, where the model cannot be used."""
     for where, value in [*enumerate(problem.args), *problem.kwargs.items()]:
-        if isinstance(value, Tensor) and value.requires_grad:
+        if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(value)):
             raise ProblemError(f"argument {where}: data must not require gradients; pass it detached.")
     survey = _run(problem, problem.model, "model")
+    log_probs = _log_probs(survey)
     sites = survey.sites()
     observed = [s for s in sites.values() if s.role in ("observed", "factor")]
     if not observed:
@@ -54,7 +56,7 @@ def survey_model(problem: Problem, frozen: Sequence[Tensor] = ()) -> ModelFacts:
     batch_plates = _common_plates(latent + observed)
     shared = batch_plates or _common_plates(observed)
     improper = [s.name for s in latent if _is_improper(survey.messages[s.name]["fn"])]
-    theta = find_parameters(_log_probs(survey), problem.model, [*_data(problem), *frozen])
+    theta = find_parameters(log_probs, problem.model, [*_data(problem), *frozen])
     data_plate = max(shared, key=lambda p: p.size) if shared else None
     return ModelFacts(sites, theta, improper, batch_plates, data_plate)
 
@@ -69,8 +71,8 @@ def survey_guide(problem: Problem, model: ModelFacts, frozen: Sequence[Tensor] =
         )
     try:
         survey = _run(problem, problem.guide, "guide")
-        sites = survey.sites()
         log_probs = _log_probs(survey)
+        sites = survey.sites()
         _check_guide(sites, model)
     except ProblemError as error:
         return GuideFacts(fault=error)
@@ -94,6 +96,9 @@ def _check_guide(sites: Mapping[str, Site], model: ModelFacts) -> None:
                 "told apart by datum; put it inside the same plate, or name the autoguide "
                 "(SVI(guide='AutoMultivariateNormal')) to get one per datum."
             )
+        if name in latents and site.discrete != latents[name].discrete:
+            kinds = ("discrete", "continuous") if site.discrete else ("continuous", "discrete")
+            raise ProblemError(f"guide site {name!r} is {kinds[0]}, the model's {kinds[1]}: the supports must agree.")
         if name in latents and site.shape != latents[name].shape:
             raise ProblemError(
                 f"guide site {name!r} has shape {site.shape}, the model's has {latents[name].shape}; they must agree."
@@ -139,6 +144,8 @@ def _log_probs(survey: Survey) -> list[Tensor]:
             raise ProblemError(
                 f"site {name!r}: {type(fn).__name__} cannot score the value of shape {tuple(value.shape)}: {error}"
             ) from error
+        if observed and not masked and value.is_floating_point() and bool(value.isinf().any()):
+            raise ProblemError(f"site {name!r}: the observed value has infinite entries; take them out.")
         if observed and not masked and bool(log_prob.isnan().any()):
             raise ProblemError(
                 f"site {name!r}: the log probability of the observed value is NaN; check its distribution."
@@ -168,7 +175,12 @@ class Survey(Messenger):
         self.messages: dict[str, Message] = {}
 
     def _process_message(self, msg: Message) -> None:
-        if msg["type"] != "sample" or msg["is_observed"] or site_is_subsample(msg):
+        if msg["type"] != "sample" or site_is_subsample(msg):
+            return
+        if msg["is_observed"]:
+            if not isinstance(msg["value"], Tensor):
+                kind = type(msg["value"]).__name__
+                raise ProblemError(f"site {msg['name']!r}: the observed value is a {kind}; make it a torch.Tensor.")
             return
         if msg["value"] is None and _is_improper(msg["fn"]):
             transform = biject_to(msg["fn"].support)
@@ -180,10 +192,10 @@ class Survey(Messenger):
             return
         name: str = msg["name"]
         if site_is_subsample(msg):
-            fn = msg["fn"]
-            if fn.subsample_size is not None and fn.subsample_size < fn.size:
+            size, rows = msg["fn"].size, len(msg["value"])
+            if rows < size:
                 raise ProblemError(
-                    f"plate {name!r} subsamples {fn.subsample_size} of {fn.size}: remove subsample_size from the "
+                    f"plate {name!r} subsamples {rows} of {size}: remove subsample_size from the "
                     "program; engines make the minibatches themselves (batch_size=...)."
                 )
             return
@@ -231,6 +243,7 @@ def _describe(name: str, msg: Message) -> Site:
     described: dict[str, Any] = {}
     if not discrete:
         transform = biject_to(fn.support)
+        described["bounded"] = not _is_real(fn.support)
         described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
         described["unconstrained_event_dim"] = fn.event_dim - (
             transform.codomain.event_dim - transform.domain.event_dim
@@ -247,6 +260,12 @@ def _describe(name: str, msg: Message) -> Site:
         reparameterised=bool(fn.has_rsample),
         **described,
     )
+
+
+def _is_real(support: Any) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real or support is constraints.real_vector
 
 
 def _support(fn: Any) -> Tensor | None:

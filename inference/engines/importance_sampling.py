@@ -73,6 +73,15 @@ class ImportanceSampling:
                 return f"discrete site {density.unlisted[0]!r} can be neither proposed nor summed out"
         if isinstance(proposal, Posterior) and not proposal.draws:
             raise ProblemError(f"the posterior given as proposal has no draws; status: {proposal.status}.")
+        if isinstance(proposal, Posterior):
+            lacking = [n for n in density.continuous if n not in proposal.draws]
+            if lacking:
+                raise ProblemError(f"the posterior given as proposal lacks site {lacking[0]!r}: it is another model's.")
+            if tuple(proposal.batch_shape) != tuple(density.batch_shape):
+                raise ProblemError(
+                    f"the proposal is a posterior over data of shape {tuple(proposal.batch_shape)}, this problem has "
+                    f"{tuple(density.batch_shape)}: fit it to the same data."
+                )
         if proposal == "auto" and density.improper and density.unlisted:
             return f"site {density.improper[0]!r} has an improper prior and a discrete site cannot be summed out"
         if not isinstance(proposal, str | Posterior):
@@ -104,6 +113,9 @@ class ImportanceSampling:
         else:
             z, log_q = self._fitted(proposal, density, run, count)
             log_weights = density.log_joint(z) - log_q
+        undefined = int(log_weights.isnan().sum())
+        if undefined:
+            raise EngineError(f"the log joint is undefined (NaN) at {undefined} of {log_weights.numel()} draws")
         best = log_weights.amax(0)
         if not bool(best.isfinite().all()):
             bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..density import Density
 from ..engine import Draws, EngineError, Run, seed_all
 from ..problem import ProblemError
-from ..settings import settings
+from ..settings import check_positive, settings
 
 
 @settings
@@ -39,10 +39,11 @@ class NUTS:
     initial_tries: int = 100
 
     def __post_init__(self) -> None:
-        if not 0 < self.target_acceptance < 1:
+        check_positive(self, "target_acceptance")
+        if self.target_acceptance >= 1:
             raise ProblemError(f"NUTS(target_acceptance={self.target_acceptance}): expected a number in (0, 1).")
-        if not 1 <= self.max_tree_depth <= 20:
-            raise ProblemError(f"NUTS(max_tree_depth={self.max_tree_depth}): expected 1 to 20.")
+        if isinstance(self.max_tree_depth, int) and self.max_tree_depth > 20:
+            raise ProblemError(f"NUTS(max_tree_depth={self.max_tree_depth}): expected at most 20.")
 
     def supports(self, density: Density) -> str:
         if not density.continuous:

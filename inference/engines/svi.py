@@ -24,7 +24,7 @@ from ..learning import Learned, TrailWriter, make_optimizer, steps
 from ..posterior import Evidence, evidence_from_weights
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
-from ..settings import check_positive, settings
+from ..settings import check_optimizer, check_positive, settings
 
 
 @settings
@@ -50,6 +50,7 @@ class SVI:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate")
+        check_optimizer(self)
         if isinstance(self.guide, str) and self.guide not in AutoGuide.FAMILIES:
             raise ProblemError(f"SVI(guide={self.guide!r}): expected one of {', '.join(AutoGuide.FAMILIES)}.")
         if not (self.guide is None or isinstance(self.guide, str) or callable(self.guide)):
@@ -64,8 +65,10 @@ class SVI:
 
     def supports(self, density: Density) -> str:
         if self.batch_size is not None:
-            check_minibatch(density)
+            check_minibatch(density, self.batch_size)
         family = self._family(density)
+        if family is None and density.problem.guide is None:
+            return "all latents are discrete, so no autoguide serves; pair the model with a guide"
         if family is None:
             density.require_guide()
         elif not density.continuous:

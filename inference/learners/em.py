@@ -26,7 +26,7 @@ from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, mak
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
-from ..settings import check_positive, settings
+from ..settings import check_optimizer, check_positive, settings
 
 
 @settings
@@ -57,7 +57,10 @@ class EM:
     KINDS: ClassVar[tuple[str, ...]] = ("auto", "closed", "full", "gradient")
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate", "gradient_steps")
+        check_positive(self, "learning_rate")
+        check_optimizer(self)
+        if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < 1:
+            raise ProblemError(f"EM(tolerance={self.tolerance!r}): expected a number of at least 0, below 1.")
         if self.m_step not in self.KINDS:
             raise ProblemError(f"EM(m_step={self.m_step!r}): expected one of {', '.join(self.KINDS)}.")
         if self.e_step is not None:
@@ -76,7 +79,7 @@ class EM:
                 f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it."
             )
         if self.batch_size is not None:
-            check_minibatch(density)
+            check_minibatch(density, self.batch_size)
             if not density.batch_plates:
                 return "minibatches need latents that belong to one datum each; this model has global latents"
             if self._kind(density, engine) == "closed":

@@ -17,7 +17,7 @@ from ..engine import EngineError, Run
 from ..learning import Learned, TrailWriter, make_optimizer, steps
 from ..preflight import check_minibatch
 from ..problem import ProblemError
-from ..settings import check_positive, settings
+from ..settings import check_optimizer, check_positive, settings
 from .em import maximise
 
 
@@ -39,6 +39,7 @@ class ML:
 
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate")
+        check_optimizer(self)
 
     def supports(self, density: Density) -> str:
         if density.continuous:
@@ -48,7 +49,7 @@ class ML:
         if self.batch_size is not None:
             if density.discrete and not density.batch_plates:
                 raise ProblemError("minibatches need latents that belong to one datum each; use batch_size=None.")
-            check_minibatch(density)
+            check_minibatch(density, self.batch_size)
         return ""
 
     def fit(self, density: Density, run: Run) -> Learned:
