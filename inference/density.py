@@ -124,7 +124,9 @@ class Density:
                 self.notes.append(f"the program cannot run in {_name(dtype)}; figures are in {_name(own)}")
 
     def _preflight(self) -> None:
-        if self.latents and not (self.improper and self.unlisted):
+        if not self.latents:
+            refuse_randomness(self, {})
+        elif not (self.improper and self.unlisted):
             values = self.some_values(3)
             refuse_randomness(self, values)
             self.vectorised = batches_over_draws(self, values)

@@ -58,6 +58,7 @@ def diagnose(
     notes: tuple[str, ...] = (),
     guide_log_ratio: Tensor | None = None,
     deterministic: bool = False,
+    alarms: tuple[str, ...] = (),
 ) -> Diagnostics:
     """Judge draws by what can be known for their kind.
 
@@ -70,6 +71,7 @@ def diagnose(
     point     none: a point says nothing on how good it is
 
     draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
+    alarms: what the engine itself saw that speaks against its answer; each is a caution.
     sample_stats: (C, S, ...) by arviz's names, of which `diverging` and `energy` are used. A figure that is not to
     be had is left out, or nan where the draws should have given it. Draws that are not finite or never move are bad.
 
@@ -100,7 +102,7 @@ def diagnose(
         findings = [("unknown", "one point: it has no spread, and nothing here tells how good it is")]
     else:
         raise ValueError(f"kind {kind!r}: expected 'mcmc', 'iid', 'weighted' or 'point'.")
-    findings = findings or [("unknown", "nothing here can be judged")]
+    findings = [*findings, *(("caution", alarm) for alarm in alarms)] or [("unknown", "nothing here can be judged")]
     level = max((level for level, _ in findings), key=LEVELS.index)
     told = sorted(
         (finding for finding in findings if finding[0] != "good" or level == "good"),
@@ -271,6 +273,10 @@ def _iid(draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None) -> Judgeme
         text = f"{chains * samples} independent draws, but nothing here tells how far they are from the posterior"
         return figures, [("unknown", text)]
     of_guide, findings = _weighted(guide_log_ratio, NEW_GUIDE)
+    nowhere = (guide_log_ratio == -math.inf).double().mean(0)
+    if bool((nowhere > 0).any()):
+        share = f"{float(nowhere.max()):.0%} of the draws have no density{_datum(nowhere.argmax(), nowhere.shape)}"
+        findings = [("bad", f"{share}, so the ELBO is minus infinity: the guide leaves the support"), *findings]
     return figures | of_guide, findings
 
 

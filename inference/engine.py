@@ -47,6 +47,7 @@ class Draws:
     notes: tuple[str, ...] = ()
     log_ratio: Tensor | None = None  # log p(x, z) - log q(z) of draws from q, (S, *batch)
     deterministic: bool = False  # weighted points of a rule, without sampling error
+    alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
 
 
 class Engine(Protocol):
@@ -197,6 +198,9 @@ def _judge(draws: Draws) -> Status:
     for name, value in draws.values.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             return Status("failed", f"site {name!r}: {int((~value.isfinite()).sum())} draws are not finite")
+    if draws.log_evidence is not None and bool(draws.log_evidence.value.isnan().any()):
+        count = int(draws.log_evidence.value.isnan().sum())
+        return Status("failed", f"the log evidence is undefined (NaN) for {count} data: the density is, at some draws")
     if draws.log_weights is not None:
         best = draws.log_weights.flatten(0, 1).amax(0)
         if not bool(best.isfinite().all()):
@@ -234,6 +238,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         notes=tuple(notes),
         guide_log_ratio=draws.log_ratio,
         deterministic=draws.deterministic,
+        alarms=draws.alarms,
     )
     return Posterior(
         values,

@@ -17,10 +17,18 @@ from .engine import EngineError
 
 
 class GaussianFit(NamedTuple):
-    """u ~ N(mean, tril tril') per batch element: (*batch, D) and (*batch, D, D)."""
+    """u ~ N(mean, tril tril') per batch element: (*batch, D) and (*batch, D, D). `rivals`: how many batch elements
+    have another mode, more than 3 sds away and less than 5 nats below."""
 
     mean: Tensor
     tril: Tensor
+    rivals: int = 0
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        if not self.rivals:
+            return ()
+        return (f"{self.rivals} of {self.mean[..., 0].numel()} posteriors have a second mode, which this leaves out",)
 
 
 def laplace(
@@ -55,14 +63,17 @@ def laplace(
         if not bool((moving & (damping < 1e11)).any()):
             break
     best = value.argmax(0)
-    u, hessian = _pick(u, best), _pick(hessian, best)
+    climbed, value, u, hessian = u, value, _pick(u, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
     if not bool(eigenvalues.isfinite().all()):
         raise EngineError("the curvature of the log joint at its mode is not finite")
     # flat or upward directions get the unit width of the standardised prior rather than an endless one
     variance = torch.where(eigenvalues > 1e-6, 1 / eigenvalues, torch.ones_like(eigenvalues))
     covariance = (vectors * variance[..., None, :]) @ vectors.mT
-    return GaussianFit(u, torch.linalg.cholesky(covariance + 1e-14 * eye))
+    tril = torch.linalg.cholesky(covariance + 1e-14 * eye)
+    apart = torch.linalg.solve_triangular(tril, (climbed - u)[..., None], upper=False)[..., 0].norm(dim=-1) > 3
+    rivals = (apart & (value > value.amax(0) - 5)).any(0)
+    return GaussianFit(u, tril, int(rivals.sum()))
 
 
 def moments(u: Tensor, weights: Tensor) -> GaussianFit:
@@ -90,8 +101,9 @@ def student_t(fit: GaussianFit, count: int, degrees: float) -> tuple[Tensor, Ten
     return u, constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
 
 
-def _starts(density: Density, count: int = 4, tries: int = 20) -> Tensor:
-    """(count, *batch, D): per batch element the best of some prior draws (zero where the prior cannot be drawn)."""
+def _starts(density: Density, best: int = 2, others: int = 4, tries: int = 20) -> Tensor:
+    """(best + others, *batch, D): per batch element the best of some prior draws, and a few as they come, for the modes
+    that the best do not lead to (zero where the prior cannot be drawn from)."""
     zeros = torch.zeros((1, *density.batch_shape, density.dim), dtype=density.dtype, device=density.device)
     u = zeros if density.improper else torch.cat([zeros, density.unconstrain(density.prior(tries).values)])
     u = torch.where(u.isfinite(), u, torch.zeros_like(u))
@@ -99,7 +111,10 @@ def _starts(density: Density, count: int = 4, tries: int = 20) -> Tensor:
     value = torch.where(value.isnan(), torch.full_like(value, -math.inf), value)
     if not bool(value.amax(0).isfinite().all()):
         raise EngineError("the log joint is not finite at any of the starting points drawn from the prior")
-    order = value.argsort(0, descending=True)[:count]
+    order = value.argsort(0, descending=True)
+    rest = order[best:]
+    shuffled = rest.gather(0, torch.rand(rest.shape, device=rest.device).argsort(0))
+    order = torch.cat([order[:best], shuffled[:others]])
     order = torch.where(value.gather(0, order).isfinite(), order, order[:1])
     return u.gather(0, order[..., None].expand(*order.shape, u.shape[-1]))
 

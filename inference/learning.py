@@ -59,6 +59,7 @@ class TrailWriter:
         self._block = max(1, math.ceil(total / points))
         self._values: list[float | Tensor] = []
         self._rows: list[tuple[float, float, float, float]] = []
+        self._last = (0, 0.0)
         self._start = time.perf_counter()
 
     def __len__(self) -> int:
@@ -67,10 +68,12 @@ class TrailWriter:
     def add(self, step: int, value: float | Tensor, std_error: float = 0.0) -> None:
         """One figure after step number `step` (from 0)."""
         self._values.append(value)
+        self._last = (step, std_error)
         if len(self._values) == self._block:
-            self._close(step, std_error)
+            self._close()
 
-    def _close(self, step: int, std_error: float) -> None:
+    def _close(self) -> None:
+        step, std_error = self._last
         values = torch.as_tensor([float(v) for v in self._values], dtype=torch.float64)
         if len(values) > 1:
             std_error = float(values.std() / math.sqrt(len(values)))
@@ -78,6 +81,8 @@ class TrailWriter:
         self._values = []
 
     def trail(self) -> Trail:
+        if self._values:
+            self._close()
         rows = torch.tensor(self._rows, dtype=torch.float64).reshape(-1, 4)
         return Trail(rows[:, 0].long(), rows[:, 1], rows[:, 2], rows[:, 3], self.kind)
 

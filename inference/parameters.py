@@ -46,10 +46,10 @@ class Leaf:
             raise ProblemError(
                 f"parameter {self.name!r}: expected shape {tuple(self.value().shape)}, got {tuple(value.shape)}."
             )
-        if not bool(value.isfinite().all()):
-            raise ProblemError(f"parameter {self.name!r}: not all of its values are finite.")
         if not bool(self.constraint.check(value).all()):
             raise ProblemError(f"parameter {self.name!r}: a value lies outside {self.constraint}.")
+        if not bool(value.isfinite().all()):
+            raise ProblemError(f"parameter {self.name!r}: not all of its values are finite.")
         if self.constraint is not constraints.real:
             value = transform_to(self.constraint).inv(value)
         self.tensor.data = value.clone()

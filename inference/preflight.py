@@ -52,7 +52,7 @@ def couples_data(density: Density, values: dict[str, Tensor]) -> bool:
     return not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
 
 
-def check_minibatch(density: Density, batch_size: int) -> None:
+def check_minibatch(density: Density, batch_size: int = 1) -> None:
     """See that rows of the data have the rows' own likelihoods. Raises `ProblemError` where they do not."""
     plate = density.sliceable()
     if batch_size > plate.size:

@@ -24,6 +24,8 @@ from ..problem import ProblemError
 from ..registry import as_engine
 from ..settings import check_positive, options, settings
 
+Weighted = tuple[Tensor | Values, Tensor, tuple[str, ...]]
+
 
 @settings
 class ImportanceSampling:
@@ -95,14 +97,23 @@ class ImportanceSampling:
         if proposal == "auto":
             proposal = self._pilot(density, run)
             notes = (f"proposal: {proposal}, the best of a pilot",)
-        z, log_weights = self._weighted(proposal, density, run, self.num_samples)
+        z, log_weights, alarms = self._weighted(proposal, density, run, self.num_samples)
         raw = log_weights.double().cpu()
         evidence = evidence_from_weights(raw)
         log_weights = psis(raw)[0] if self.pareto_smoothed else raw
-        return Draws(as_chain(density.complete(z)), "weighted", log_weights[None], evidence, notes=notes, log_ratio=raw)
+        return Draws(
+            as_chain(density.complete(z)),
+            "weighted",
+            log_weights[None],
+            evidence,
+            notes=notes,
+            log_ratio=raw,
+            alarms=alarms,
+        )
 
-    def _weighted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
-        """Draws (count, *batch, ...) of a proposal and their log weights (count, *batch)."""
+    def _weighted(self, proposal: Any, density: Density, run: Run, count: int) -> Weighted:
+        """Draws (count, *batch, ...) of a proposal, their log weights (count, *batch), and what speaks against it."""
+        alarms: tuple[str, ...] = ()
         if proposal == "prior":
             draws = density.prior(count)
             z: Tensor | Values = draws.values
@@ -111,7 +122,7 @@ class ImportanceSampling:
             z, log_q, _ = PairedGuide(density).draw(count)
             log_weights = density.log_joint(z) - log_q
         else:
-            z, log_q = self._fitted(proposal, density, run, count)
+            z, log_q, alarms = self._fitted(proposal, density, run, count)
             log_weights = density.log_joint(z) - log_q
         undefined = int(log_weights.isnan().sum())
         if undefined:
@@ -120,14 +131,14 @@ class ImportanceSampling:
         if not bool(best.isfinite().all()):
             bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()
             raise EngineError(f"all weights are zero for {len(bad)} of {best.numel()} data, first {bad[:5]}")
-        return z, log_weights
+        return z, log_weights, alarms
 
-    def _fitted(self, proposal: Any, density: Density, run: Run, count: int) -> tuple[Tensor | Values, Tensor]:
-        """Draws and log q of 'laplace', of a posterior, or of an engine that is fitted first."""
+    def _fitted(self, proposal: Any, density: Density, run: Run, count: int) -> Weighted:
+        """Draws, log q and alarms of 'laplace', of a posterior, or of an engine that is fitted first."""
         if proposal == "laplace":
             with run.tuning():
                 fit = laplace(density)
-            return student_t(fit, count, self.degrees)
+            return *student_t(fit, count, self.degrees), fit.alarms
         if isinstance(proposal, Posterior):
             values, weights = flat_draws(proposal, proposal.batch_shape)
             name, family, state = proposal.engine, proposal.engine_options.get("guide"), proposal.state
@@ -142,9 +153,9 @@ class ImportanceSampling:
             guide = make_guide(density, (family or "AutoNormal") if automatic else None)
             guide.load(state)
             z, log_q, _ = guide.draw(count)
-            return z, log_q
+            return z, log_q, ()
         fit = moments(density.unconstrain({n: values[n] for n in density.continuous}), weights.to(density.dtype))
-        return student_t(fit, count, self.degrees)
+        return *student_t(fit, count, self.degrees), ()
 
     def _proposal(self, density: Density) -> Any:
         """'auto' is the learned guide where there is one; else a pilot decides."""

@@ -78,7 +78,8 @@ class NUTS:
     ) -> dict[str, Any]:
         seed_all(run.child(chain).seed)
 
-        start = warm["position"][chain] if warm else self._start(density, shape)
+        with run.tuning():
+            start = warm["position"][chain] if warm else self._start(density, shape)
         value_and_grad = density.traced_value_and_grad(start)
 
         def potential(position: dict[str, Tensor]) -> Tensor:
@@ -96,7 +97,8 @@ class NUTS:
             position = {"u": start.reshape(-1).clone()}
             kernel.initial_params = position
             warmup = 0 if warm else self.warmup_steps
-            kernel.setup(warmup)
+            with run.tuning():  # its search for a step size too
+                kernel.setup(warmup)
             if warm:
                 kernel.mass_matrix_adapter.inverse_mass_matrix = {("u",): warm["inverse_mass"][chain]}
             with run.tuning():

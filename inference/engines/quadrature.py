@@ -67,6 +67,7 @@ class Quadrature:
             log_evidence=Evidence(evidence.cpu(), error, "estimate"),
             state={"mode": fit.mean},
             deterministic=True,
+            alarms=fit.alarms,
         )
 
     @staticmethod

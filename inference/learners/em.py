@@ -11,7 +11,8 @@ sampling the wake-phase update, a fitted guide variational EM.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -40,7 +41,7 @@ class EM:
     gradient_steps  optimiser steps for each M-step of kind 'gradient'
     batch_size      data for each E- and M-step; None: all
     optimizer       any torch optimiser class, called as optimizer(tensors, lr=learning_rate)
-    tolerance       stop when an exact log likelihood rises by less than this, relatively
+    tolerance       with an exact E-step on all data, stop when no parameter moves by more than this times 1 + |itself|
     """
 
     name: ClassVar[str] = "em"
@@ -52,7 +53,7 @@ class EM:
     batch_size: int | None = None
     learning_rate: float = 0.01
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
-    tolerance: float = 1e-12
+    tolerance: float = 1e-10
 
     KINDS: ClassVar[tuple[str, ...]] = ("auto", "closed", "full", "gradient")
 
@@ -95,7 +96,6 @@ class EM:
         writer = TrailWriter("estimate", 1)
         draws: Draws | None = None
         warm: dict[str, Tensor] = {}
-        last: float | None = None
         notes: tuple[str, ...] = ()
         for step in range(self.num_steps):
             index = next(batches)
@@ -107,18 +107,22 @@ class EM:
                     value, error = evidence.total()
                     writer.kind = evidence.kind
                     writer.add(step, value * density.data_scale, error * density.data_scale)
-                    exact = bool(getattr(engine, "exact", False)) and index is None
-                    if exact and last is not None and abs(value - last) <= self.tolerance * (1.0 + abs(value)):
-                        notes = (f"converged after {step} steps",)
-                        break
-                    last = value
+                    if not math.isfinite(value):
+                        raise EngineError(f"the log likelihood became {value} at step {step}")
+                before = [t.detach().clone() for t in density.theta.tensors]
                 self._maximise(kind, density, draws, optimizer)
+                moved = max(
+                    float(((t.detach() - old).abs() / (1 + old.abs())).max())
+                    for t, old in zip(density.theta.tensors, before, strict=True)
+                )
+            if getattr(engine, "exact", False) and index is None and moved <= self.tolerance:
+                notes = (f"converged after {step + 1} steps",)
+                break
             run.progress("EM steps", step + 1, self.num_steps)
-        else:
-            if self.batch_size is None:
-                draws = self._expect(engine, density, run.child(self.num_steps, warm))
-                if draws.log_evidence is not None:
-                    writer.add(self.num_steps, *draws.log_evidence.total())
+        if self.batch_size is None:
+            draws = self._expect(engine, density, run.child(self.num_steps, warm))
+            if draws.log_evidence is not None:
+                writer.add(step + 1, *draws.log_evidence.total())
         return Learned(writer.trail(), None if self.batch_size is not None else draws, notes)
 
     def _expect(self, engine: Any, density: Density, run: Run) -> Draws:
@@ -129,7 +133,7 @@ class EM:
         values, weights = flat_draws(draws, tuple(density.batch_shape))
         if kind == "closed":
             given = {n: v.double() if v.is_floating_point() else v for n, v in values.items()}
-            density.theta.set(density.problem.m_step(given, weights, *density.args))  # type: ignore[misc]
+            density.theta.set(_closed_form(density.problem, given, weights, density.args))
             return
         tensors = density.theta.tensors
         if kind == "full":
@@ -156,6 +160,21 @@ class EM:
         if density.problem.m_step is not None and self.batch_size is None:
             return "closed"
         return "full" if getattr(engine, "exact", False) and self.batch_size is None else "gradient"
+
+
+def _closed_form(problem: Problem, draws: dict[str, Tensor], weights: Tensor, args: tuple[Any, ...]) -> Any:
+    """What the problem's own M-step answers. Raises `ProblemError` where that is no set of parameters."""
+    assert problem.m_step is not None
+    try:
+        found = problem.m_step(draws, weights, *args)
+    except Exception as error:
+        raise ProblemError(
+            f"m_step of problem {problem.name!r} failed when called with (draws, weights, *args): "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Mapping) or not found:
+        raise ProblemError(f"m_step of problem {problem.name!r} must return parameters by name, got {found!r}.")
+    return found
 
 
 def maximise(objective: Callable[[], Tensor], tensors: list[Tensor], num_steps: int = 100) -> None:
