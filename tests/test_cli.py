@@ -1,0 +1,241 @@
+"""The command line: quick to start, mistakes in one line with code 2, rows kept on Ctrl-C, a run that repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from pyrometer.benchmarks.cli import main
+
+QUICK = ["--engines", "importance,enumeration", "--set", "num_data=5", "--set", "importance.num_samples=50"]
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+def in_a_process(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "pyrometer.benchmarks", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_help_needs_neither_torch_nor_a_second():
+    code = (
+        "import sys\n"
+        "from pyrometer.benchmarks.cli import main\n"
+        "main(['--help'], standalone_mode=False)\n"
+        "loaded = {'torch', 'pyro', 'arviz', 'numpy', 'scipy', 'sklearn'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    times = []
+    for _ in range(3):  # the least of three: other work on the machine must not fail this
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+        times.append(time.perf_counter() - start)
+        assert done.returncode == 0, done.stderr
+    assert min(times) < 1.0
+    assert "compare" in done.stdout
+
+
+def test_importing_the_package_imports_no_torch_and_gives_the_function():
+    code = (
+        "import sys, pyrometer.benchmarks\n"
+        "assert 'torch' not in sys.modules\n"
+        "import pyrometer.benchmarks.comparison\n"
+        "from pyrometer.benchmarks import compare\n"
+        "assert callable(compare) and compare.__name__ == 'compare'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compare_prints_the_table_and_writes_json(tmp_path):
+    path = tmp_path / "out.json"
+    done = run("compare", "conjugate_gaussian", *QUICK, "--learn", "em", "--seed", 4, "--json", path)
+    assert done.exit_code == 0, done.output
+    assert "truth (exact)" in done.output
+    assert "cannot run" in done.output
+    read = json.loads(path.read_text())
+    assert [row["engine"] for row in read["rows"]] == ["importance_sampling(num_samples=50)", "enumeration"]
+    assert read["rows"][0]["settings"]["num_samples"] == 50
+    assert read["problem"]["data"] == [[5]]
+    assert read["seed"] == 4
+    assert read["complete"] is True
+
+    # The command that is stored gives the same numbers again.
+    words = shlex.split(read["command"])
+    assert words[0] == "pyrometer"
+    again = tmp_path / "again.json"
+    assert run(*words[1:], "--json", again).exit_code == 0
+    repeated = json.loads(again.read_text())
+    for first, second in zip(read["rows"], repeated["rows"], strict=True):
+        assert (first["errors"], first["log_evidence"]) == (second["errors"], second["log_evidence"])
+        assert first["seed"] == second["seed"]
+
+
+def test_without_engines_all_are_tried():
+    from pyrometer.inference.registry import engines
+
+    done = run("compare", "conjugate_gaussian", "--set", "num_data=3", "--set", "svi.num_steps=2")
+    assert done.exit_code == 0, done.output
+    for name in engines():
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["compare", "vee"], "did you mean 'vae'"),
+        (["compare", "conjugate_gaussian", "--engines", "nutz"], "Did you mean 'nuts'"),
+        (["compare", "conjugate_gaussian", "--engines", "svi,svi"], "given twice"),
+        (["compare", "conjugate_gaussian", "--engines", "svi", "--learn", "nuts"], "no learner 'nuts'"),
+        (["compare", "conjugate_gaussian", "--set", "num_dat=5"], "did you mean 'num_data'"),
+        (["compare", "conjugate_gaussian", "--set", "num_data"], "expected key=value"),
+        (["compare", "conjugate_gaussian", "--set", "num_data=two"], "expected a whole number"),
+        (["compare", "conjugate_gaussian", "--set", "num_data=0"], "num_data"),
+        (["compare", "conjugate_gaussian", "--engines", "svi", "--set", "svi.num_step=5"], "did you mean 'num_steps'"),
+        (["compare", "conjugate_gaussian", "--engines", "svi", "--set", "nuts.num_samples=5"], "none of the methods"),
+        (
+            ["compare", "conjugate_gaussian", "--engines", "svi", "--set", "svi.num_steps=1.5"],
+            "expected a whole number",
+        ),
+        (["compare", "conjugate_gaussian", "--engines", "svi", "--set", "svi.num_steps=0"], "at least 1"),
+        (["compare", "conjugate_gaussian", "--engines", "svi", "--set", "svi.optimizer=Adam"], "use Python"),
+        (["compare", "conjugate_gaussian", "--learn", "em", "--set", "em.e_step.num_samples=5"], "em:nuts"),
+        (["compare", "conjugate_gaussian", "--seed", "-1"], "seed"),
+        (["compare", "conjugate_gaussian", "--json", "/no/such/folder/out.json"], "no folder"),
+    ],
+)
+def test_a_mistake_is_one_line_and_code_2(arguments, words):
+    done = run(*arguments)
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    (line,) = done.stderr.strip().splitlines()
+    assert words in line
+    assert done.stdout == ""
+
+
+def test_settings_reach_model_engine_learner_and_e_step():
+    from pyrometer.benchmarks.settings import configure
+
+    problem, engines, learners = configure(
+        "conjugate_gaussian",
+        "svi,importance",
+        "svi,em:importance",
+        [
+            "num_data=7",
+            "svi.num_steps=11",
+            "svi.learning_rate=1",
+            "svi.guide=AutoNormal",
+            "svi.batch_size=none",
+            "em:importance.e_step.num_samples=13",
+            "importance_sampling.pareto_smoothed=true",
+        ],
+    )
+    assert problem.args[0].shape == (7,)
+    by_name = {engine.name: engine for engine in engines.values()}
+    svi, importance = by_name["svi"], by_name["importance_sampling"]
+    assert (svi.num_steps, svi.learning_rate, svi.guide, svi.batch_size) == (11, 1.0, "AutoNormal", None)
+    assert isinstance(svi.learning_rate, float)
+    assert importance.pareto_smoothed is True
+    em = next(learner for learner in learners.values() if learner.name == "em")
+    assert em.e_step.num_samples == 13
+    assert importance.num_samples != 13
+    assert next(learner for learner in learners.values() if learner.name == "svi") == svi
+
+
+def test_ctrl_c_prints_what_is_ready_and_exits_130(tmp_path, monkeypatch):
+    from pyrometer.benchmarks import comparison
+
+    real = comparison.infer
+
+    def interrupted(problem, engine, **more):
+        if engine.name == "svi":
+            raise KeyboardInterrupt
+        return real(problem, engine, **more)
+
+    monkeypatch.setattr(comparison, "infer", interrupted)
+    path = tmp_path / "out.json"
+    engines = ["--engines", "importance,svi,nuts", "--set", "importance.num_samples=50", "--json", path]
+    done = run("compare", "conjugate_gaussian", "--set", "num_data=5", *engines)
+    assert done.exit_code == 130
+    assert "ended early" in done.stdout
+    assert "interrupted" in done.stderr
+    read = json.loads(path.read_text())
+    assert read["complete"] is False
+    assert [row["engine"] for row in read["rows"]] == ["importance_sampling(num_samples=50)"]
+
+
+def test_an_unforeseen_error_loses_no_rows(tmp_path, monkeypatch):
+    from pyrometer.benchmarks import comparison
+
+    real = comparison.infer
+
+    def broken(problem, engine, **more):
+        if engine.name == "svi":
+            raise ArithmeticError("a bug of ours")
+        return real(problem, engine, **more)
+
+    monkeypatch.setattr(comparison, "infer", broken)
+    engines = ["--engines", "importance,svi", "--set", "importance.num_samples=50"]
+    done = run("compare", "conjugate_gaussian", "--set", "num_data=5", *engines)
+    assert isinstance(done.exception, ArithmeticError)
+    assert "ended early" in done.stdout
+    assert "importance_sampling" in done.stdout
+
+
+def test_output_survives_a_terminal_without_unicode():
+    done = in_a_process("compare", "conjugate_gaussian", *QUICK, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "+-" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 120
+    assert done.stderr == ""
+
+
+def test_list_describes_every_model_engine_and_learner():
+    from pyrometer.inference.registry import engines, learners
+    from pyrometer.models import families
+
+    done = run("list")
+    assert done.exit_code == 0, done.output
+    described = {line.split()[0]: line.split()[1:] for line in done.output.splitlines() if line.startswith("  ")}
+    for name in (*families(), *engines(), *learners()):
+        assert described[name], f"{name} has no description"
+
+
+def test_doctor_checks_a_known_answer():
+    done = run("doctor")
+    assert done.exit_code == 0, done.output
+    assert "passed" in done.output
+    assert "torch" in done.output
+
+
+def test_doctor_fails_where_the_answer_is_wrong(monkeypatch):
+    from dataclasses import replace
+
+    from pyrometer import inference
+    from pyrometer.inference.posterior import Evidence
+
+    real = inference.infer
+
+    def wrong(*arguments, **more):
+        posterior = real(*arguments, **more)
+        evidence = posterior.log_evidence
+        return replace(posterior, log_evidence=Evidence(evidence.value + 0.1, evidence.std_error, "estimate"))
+
+    monkeypatch.setattr(inference, "infer", wrong)
+    done = run("doctor")
+    assert done.exit_code == 1
+    assert "FAILED" in done.output
