@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pyrometer.inference import Problem, ProblemError, infer
 from pyrometer.inference import learn as fit_parameters
 from pyrometer.inference.density import Density
-from pyrometer.inference.engine import isolated, why_not
+from pyrometer.inference.engine import check_problem, isolated, why_not
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
@@ -202,6 +202,7 @@ def judge(
     `announce` is told what runs next. Raises ProblemError at the call, before the first result is asked for.
     """
     chosen = engines_from(engines)
+    check_problem(problem)
     learners = {} if learn is None else learners_from(learn)
     if not chosen:
         raise ProblemError("engines: none given; name at least one, for example engines=['svi', 'nuts'].")
