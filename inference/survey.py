@@ -57,7 +57,8 @@ def survey_model(problem: Problem, frozen: Sequence[Tensor] = ()) -> ModelFacts:
     shared = batch_plates or _common_plates(observed)
     improper = [s.name for s in latent if _is_improper(survey.messages[s.name]["fn"])]
     theta = find_parameters(log_probs, problem.model, [*_data(problem), *frozen])
-    data_plate = max(shared, key=lambda p: p.size) if shared else None
+    lengths = {t.shape[0] for t in _data(problem) if t.dim()}
+    data_plate = max(shared, key=lambda p: (p.size in lengths, p.size)) if shared else None
     return ModelFacts(sites, theta, improper, batch_plates, data_plate)
 
 

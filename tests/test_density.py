@@ -837,13 +837,14 @@ def test_observed_data_and_pointwise_likelihoods_have_the_layout_of_sites():
     assert tuple(pointwise["x"].shape) == (2, 4, 3)
     assert_close(pointwise["x"], norm(case.args[0].numpy().T, values["e"].numpy(), 0.4))
     assert_close(pointwise["x"].sum(-1), total, 1e-12)
-    for name, shape in {"shared_mean": (2, 6), "local": (2, 6), "crossed": (2, 2, 3), "local_vector": (2, 5)}.items():
+    shapes = {"shared_mean": (2, 6), "crossed": (2, 2, 3), "local_vector": (2, 5), "masked": (2, 6), "scaled": (2, 6)}
+    for name, shape in shapes.items():  # what is masked counts nothing, what is scaled counts as often as it says
         density = Density(CASES[name]().problem())
         with density, torch.no_grad():
             values = density.prior(2).values
-            pointwise = density.pointwise(values)["x"]
-            assert tuple(pointwise.shape) == shape
-            per_element = pointwise.reshape((2, *density.batch_shape, -1)).sum(-1)
+            pointwise = density.pointwise(values)
+            assert {tuple(p.shape) for p in pointwise.values()} == {shape}
+            per_element = sum(pointwise.values()).reshape((2, *density.batch_shape, -1)).sum(-1)
             assert_close(per_element, density.log_likelihood(values), 1e-12)
 
 
@@ -919,6 +920,25 @@ def test_a_mixture_with_local_and_shared_continuous_latents():
         assert_close(given[i], norm(mu, 0, 3).sum() + chosen.sum())
         share = np.exp(terms - lse(terms, 1)[:, None])
         assert_close(gradient[i], -mu / 9 + (share * (X.numpy()[:, None] - mu)).sum(0))
+
+
+def test_the_jacobian_stays_where_discrete_latents_are_summed_out():
+    """A scale per datum beside its category: log_joint(log s) = log_joint(s) + log s."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            pyro.sample("x", dist.Normal(k, s), obs=x)
+
+    density = Density(Problem(model, args=(X,)))
+    u = some_u(density, 3)
+    with density, torch.no_grad():
+        joint = density.log_joint(u)
+        assert_close(density.log_joint(u, jacobian=False), density.log_joint({"s": u[..., 0].exp()}), 1e-12)
+    s = u[..., 0].exp().numpy()
+    terms = [math.log(0.7) + norm(X.numpy(), 0, s), math.log(0.3) + norm(X.numpy(), 1, s)]
+    assert_close(joint, stats.lognorm.logpdf(s, 1.0) + lse(terms) + u[..., 0].numpy())
 
 
 def test_a_hidden_markov_chain_per_datum():

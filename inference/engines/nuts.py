@@ -8,6 +8,7 @@ Pyro's kernel moves the unconstrained vector; chains have seeds of their own, de
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -78,7 +79,7 @@ class NUTS:
     ) -> dict[str, Any]:
         seed_all(run.child(chain).seed)
 
-        with run.tuning():
+        with run.tuning() if not warm else nullcontext():
             start = warm["position"][chain] if warm else self._start(density, shape)
         value_and_grad = density.traced_value_and_grad(start)
 
@@ -97,7 +98,7 @@ class NUTS:
             position = {"u": start.reshape(-1).clone()}
             kernel.initial_params = position
             warmup = 0 if warm else self.warmup_steps
-            with run.tuning():  # its search for a step size too
+            with run.tuning() if not warm else nullcontext():  # its search for a step size too
                 kernel.setup(warmup)
             if warm:
                 kernel.mass_matrix_adapter.inverse_mass_matrix = {("u",): warm["inverse_mass"][chain]}
