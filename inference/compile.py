@@ -113,7 +113,7 @@ def _moved(tensors: list[Tensor], sign: float) -> Iterator[None]:
 
 
 def _agree(function: Function, graph: Any, args: tuple[Tensor, ...], may_fail: bool = False) -> bool:
-    """Whether both answer alike, random numbers included; where the program itself fails there is nothing to compare."""
+    """Whether both answer alike, random numbers included; a program that fails leaves nothing to compare."""
     outputs = []
     for run in (function, graph):
         torch.manual_seed(0)

@@ -892,6 +892,16 @@ def test_theta_is_found_named_and_learned_wherever_it_lives(place, learner):
     assert_same(dict(judged.parameters), dict(fit.parameters))
 
 
+def test_a_run_starts_from_what_plain_pyro_trained():
+    """A value in the param store is theta; learning goes on from it and leaves it there."""
+    problem = conjugate_gaussian.problem(num_data=20)
+    pyro.param("theta", scalar(4.0))
+    assert float(infer(problem, Quadrature(num_nodes=4)).parameters["theta"]) == 4.0
+    fit = learn(problem, EM(e_step=Quadrature(num_nodes=4), num_steps=1))
+    assert float(fit.parameters["theta"]) == pytest.approx((float(problem.args[0].mean()) + 4) / 2, abs=1e-9)
+    assert float(pyro.param("theta")) == 4.0
+
+
 def test_frozen_parameters_stay_where_they_are():
     """requires_grad=False takes a parameter out of theta."""
     module = Owned()
