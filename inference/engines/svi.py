@@ -126,7 +126,8 @@ class SVI:
             steps(density, lambda: self.loss(density, guide), tensors, self.batch_size, self.num_steps)
         ):
             if not bool(loss.isfinite()):
-                raise EngineError(f"the ELBO became {-float(loss)} at step {step}; try a smaller learning_rate")
+                advice = "try a smaller learning_rate" if step else "the density is not finite where the guide starts"
+                raise EngineError(f"the ELBO became {-float(loss)} at step {step}: {advice}")
             for tensor, gradient in zip(tensors, gradients, strict=True):
                 tensor.grad = gradient
             optimizer.step()
