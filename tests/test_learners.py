@@ -107,7 +107,7 @@ def assert_never_falls(fit: Fit) -> None:
 
 
 MONOTONE = {
-    "mixture, closed": (partial(gaussian_mixture.problem, num_data=40, separation=2.0), Enumeration(), "closed", 12),
+    "mixture, closed": (partial(gaussian_mixture.problem, num_data=80, separation=2.0), Enumeration(), "closed", 12),
     "mixture, full": (partial(gaussian_mixture.problem, num_data=20, num_components=2), Enumeration(), "full", 4),
     "ppca, closed": (partial(ppca.problem, num_data=15, data_dim=4), Quadrature(num_nodes=3), "closed", 8),
 }

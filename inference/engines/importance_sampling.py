@@ -8,6 +8,7 @@ draw. Pareto smoothing: Vehtari et al. 2024, jmlr.org/papers/v25/19-556.html.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -130,7 +131,8 @@ class ImportanceSampling:
         best = log_weights.amax(0)
         if not bool(best.isfinite().all()):
             bad = (~best.isfinite()).flatten().nonzero().flatten().tolist()
-            raise EngineError(f"all weights are zero for {len(bad)} of {best.numel()} data, first {bad[:5]}")
+            what = "a weight is infinite" if bool((best == math.inf).any()) else "all weights are zero"
+            raise EngineError(f"{what} for {len(bad)} of {best.numel()} data, first {bad[:5]}")
         return z, log_weights, alarms
 
     def _fitted(self, proposal: Any, density: Density, run: Run, count: int) -> Weighted:
