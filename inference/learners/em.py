@@ -152,7 +152,11 @@ class EM:
     def _engine(self, density: Density) -> Any:
         if self.e_step is not None:
             return as_engine(self.e_step)
-        return ImportanceSampling(num_samples=100) if Enumeration().supports(density) else Enumeration()
+        if not Enumeration().supports(density):
+            return Enumeration()
+        # a pilot at every step would cost more than it saves
+        proposal = "laplace" if density.continuous and not density.unlisted else "auto"
+        return ImportanceSampling(num_samples=100, proposal=proposal)
 
     def _kind(self, density: Density, engine: Any) -> str:
         if self.m_step != "auto":
