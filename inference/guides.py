@@ -69,7 +69,7 @@ class AutoGuide:
 
     FAMILIES = ("AutoNormal", "AutoMultivariateNormal", "AutoLowRankMultivariateNormal", "AutoDelta")
 
-    def __init__(self, density: Density, family: str, rank: int | None = None) -> None:
+    def __init__(self, density: Density, family: str) -> None:
         self.density = density
         self.family = family
         self.point = family == "AutoDelta"
@@ -83,7 +83,7 @@ class AutoGuide:
         if family == "AutoMultivariateNormal":
             self._parameters["tril"] = torch.zeros(*batch, dim, dim, **options)
         if family == "AutoLowRankMultivariateNormal":
-            rank = rank or max(1, round(math.sqrt(dim)))
+            rank = max(1, round(math.sqrt(dim)))  # Pyro's
             self._parameters["scale"] = torch.full((*batch, dim), raw, **options)
             start = torch.randn(*batch, dim, rank, **options) * (0.1 * INIT_SCALE)
             self._parameters["factor"] = start

@@ -57,7 +57,7 @@ class SVI:
             raise ProblemError(f"SVI(guide={self.guide!r}): expected a name, a Pyro autoguide class or a guide.")
 
     def prepare(self, problem: Problem) -> Problem:
-        """The problem with the guide that was asked for; without any, with the name of one to fall back on."""
+        """The problem with the Pyro guide that was asked for; unchanged where a family or its own guide serves."""
         if self.guide is None or self._family() is not None:
             return problem
         guide = self.guide(problem.model) if isinstance(self.guide, type) else self.guide

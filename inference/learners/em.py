@@ -139,7 +139,7 @@ class EM:
         if kind == "full":
             maximise(lambda: expected_log_joint(density, values, weights), tensors)
             return
-        for _ in range(int(self.gradient_steps)):
+        for _ in range(self.gradient_steps):
             with torch.enable_grad():
                 loss = -expected_log_joint(density, values, weights)
                 gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
