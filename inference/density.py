@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .compile import traced
+from .compile import Compiled, check_backend, compiled
 from .marginal import enumerated_trace, sum_out
 from .parameters import Lent, kept_frozen, modules_in_reach
 from .preflight import BATCHED, batches_over_draws, couples_data, refuse_randomness
@@ -35,6 +35,8 @@ from .survey import survey_guide, survey_model
 Values = Mapping[str, Tensor]
 
 _CHUNK = 2**23  # numbers that a vmapped run holds at once, roughly: bounds memory, not results
+_COMPILE_FROM = 2**26  # from this many numbers on, a run over draws is compiled and takes them
+_BLOCK = 2**18  # so many at a time: they stay in the processor's cache
 
 
 class HasParameters(Protocol):
@@ -68,6 +70,7 @@ class Density:
 
     parameters  theta and phi to start from, by name; the others stay as the program has them
     dtype       None: float64, or the program's own where it cannot run in float64 (then said in `notes`)
+    backend     how compiled densities run: 'auto', or one of `compile.BACKENDS`
     learning    theta and phi receive gradients, and the program's own dtype is the default
     Raises `ProblemError` where the program cannot be used, saying which site and what to change.
     """
@@ -80,6 +83,7 @@ class Density:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         learning: bool = False,
+        backend: str = "auto",
     ) -> None:
         self.problem = problem
         self.learning = learning
@@ -91,8 +95,9 @@ class Density:
         self._store: Any = pyro.get_param_store().get_state()  # what plain Pyro trained is where a run starts
         self._exit = ExitStack()
         self._depth = 0
-        self._graphs: dict[tuple[int, ...], tuple[Callable[..., Any], str]] = {}
-        self.backend = "eager"
+        check_backend(backend)
+        self._backend, self._compiled = backend, dict[tuple[Any, ...], tuple[Compiled, Tensor | None]]()
+        self.backend, self.compile_seconds = "eager", 0.0
         self._phi_given = False
         self._minibatch: tuple[Plate, Tensor, float] | None = None
         with pyro.get_param_store().scope(self._store), torch.random.fork_rng(devices=[]):
@@ -193,6 +198,7 @@ class Density:
         self.phi.cast(dtype, self.device)
         self.args = tuple(_convert(v, dtype, self.device) for v in self.problem.args)
         self.kwargs = {k: _convert(v, dtype, self.device) for k, v in self.problem.kwargs.items()}
+        self._whole = self.args, self.kwargs
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -231,8 +237,8 @@ class Density:
         arguments cannot be sliced."""
         plate = self.sliceable()
         args, kwargs, minibatch = self.args, self.kwargs, self._minibatch
-        self.args = tuple(v[index] if _is_data(v, plate.size) else v for v in args)
-        self.kwargs = {k: v[index] if _is_data(v, plate.size) else v for k, v in kwargs.items()}
+        self.args = tuple(v[index] if _is_data(v, plate.size) else v for v in self._whole[0])
+        self.kwargs = {k: v[index] if _is_data(v, plate.size) else v for k, v in self._whole[1].items()}
         self._minibatch = (plate, index, 1.0 if self.batch_plates else plate.size / len(index))
         try:
             yield
@@ -262,7 +268,7 @@ class Density:
             )
         if len(self.batch_shape) > 1:
             raise ProblemError("minibatches over several batch plates are not defined; use batch_size=None.")
-        if not any(_is_data(v, plate.size) for v in (*self.args, *self.kwargs.values())):
+        if not any(_is_data(v, plate.size) for v in (*self._whole[0], *self._whole[1].values())):
             raise ProblemError(
                 f"minibatches slice the data arguments, but no argument has plate {plate.name!r}'s size {plate.size} "
                 "as its first dimension; pass the data in args."
@@ -389,23 +395,50 @@ class Density:
             (gradient,) = torch.autograd.grad(value.sum(), u)
         return value.detach(), gradient
 
-    def traced_value_and_grad(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-        """`value_and_grad` for many calls at the shape of u: as a graph where the program can be traced."""
+    def compiled(self, u: Tensor) -> Compiled:
+        """`value_and_grad` for many calls at the shape of u, (*sample, *batch, D), by the fastest back end that
+        agrees with it. Calls through it are not counted: who makes them does (`counts`)."""
+        rows = None if self._minibatch is None else self._minibatch[1]
+        key = (tuple(u.shape), None if rows is None else len(rows))
+        if key not in self._compiled:
+            index = None if rows is None else rows.clone()  # read where it lives, so that other rows can follow
+
+            def function(v: Tensor) -> tuple[Tensor, Tensor]:
+                with self.minibatch(index) if index is not None else nullcontext():
+                    return self.value_and_grad(v)
+
+            with torch.no_grad():
+                examples: list[tuple[Tensor, ...]] = [(u.clone(),), (u + 0.1 * torch.randn_like(u),)]
+            made = self.compile(function, examples, [] if index is None else [index])
+            self._compiled[key] = made, index
+        made, index = self._compiled[key]
+        if index is not None and rows is not None:
+            index.copy_(rows)
+        self.backend = made.backend
+        return made
+
+    def compile(
+        self, function: Callable[..., tuple[Tensor, ...]], examples: list[tuple[Tensor, ...]], moving: list[Tensor],
+        native: bool = True,
+    ) -> Compiled:  # fmt: skip
+        """A function made of this density's, compiled, not counted; theta, phi and what else moves are read where
+        they live. `native=False`: machine code would not pay for itself."""
+        tensors = list({id(t): t for t in [*moving, *self.theta.tensors, *self.phi.tensors]}.values())
+        backend = "graph" if self._backend == "auto" and not native else self._backend
+        with self.uncounted():
+            made = compiled(function, examples, tensors, backend=backend)
+        self.backend = made.backend
+        self.compile_seconds += made.seconds
+        return made
+
+    def compiled_value_and_grad(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+        """`value_and_grad` for many calls at the shape of u, counted."""
+        run = self.compiled(u)
+        if run.backend == "eager":
+            return self.value_and_grad
+        count: float = math.prod(u.shape[: u.dim() - len(self.batch_shape) - 1])
         if self._minibatch is not None:
-            return self.value_and_grad
-        key = tuple(u.shape)
-        if key not in self._graphs:
-            with self.uncounted():
-                run, why_not = traced(
-                    self.value_and_grad,
-                    [(u,), (u + 0.1 * torch.randn_like(u),)],
-                    self.theta.tensors + self.phi.tensors,
-                )
-            self._graphs[key] = (run, "eager" if why_not else "graph")
-        run, self.backend = self._graphs[key]
-        if self.backend == "eager":
-            return self.value_and_grad
-        count = math.prod(u.shape[: u.dim() - len(self.batch_shape) - 1])
+            count *= len(self._minibatch[1]) / self._minibatch[0].size
 
         def counted(v: Tensor) -> tuple[Tensor, Tensor]:
             self.counts["gradients"] += count
@@ -413,6 +446,11 @@ class Density:
             return value, gradient
 
         return counted
+
+    def _compile_map(
+        self, function: Callable[..., tuple[Tensor, ...]], examples: list[tuple[Tensor, ...]]
+    ) -> Callable[..., tuple[Tensor, ...]]:
+        return self.compile(function, examples, [])
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:
@@ -495,8 +533,12 @@ class Density:
             grad = torch.is_grad_enabled() and (self.learning or any(t.requires_grad for t in tensors))
             self.counts["gradients" if grad else "evaluations"] += count * share
         with self, pyro.validation_enabled(False):
-            chunk = max(1, _CHUNK // self._numel)
-            return over_draws(function, inputs, count, vectorised=self.vectorised, chunk=chunk, random=random)
+            many = count * self._numel >= _COMPILE_FROM
+            return over_draws(
+                function, inputs, count, vectorised=self.vectorised, random=random,
+                chunk=max(1, (_BLOCK if many else _CHUNK) // self._numel),
+                compile=self._compile_map if many and not torch.is_grad_enabled() else None,
+            )  # fmt: skip
 
 
 _VALUES = frozenset({"values"})

@@ -59,6 +59,7 @@ def learn(
     parameters: Mapping[str, Tensor] | Fit | None = None,
     progress: bool | Callable[[str, int, int], None] = False,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Fit:
     """Maximise log p_theta(x) (or the learner's own objective) over theta.
 
@@ -74,6 +75,7 @@ def learn(
             device=device,
             dtype=getattr(method, "dtype", None),
             learning=True,
+            backend=backend,
         )
         if parameters is not None:
             density.set_parameters(parameters)

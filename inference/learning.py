@@ -8,6 +8,7 @@ of the evidence; its maximiser is the M-step.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,13 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .compile import traced
+from .compile import Compiled
 from .density import Density
 from .engine import Draws
 from .posterior import Posterior
 from .problem import ProblemError
 
-TRACE_FROM = 20  # fewer steps than this are not worth tracing
+TRACE_FROM = 20  # fewer steps than this are not worth tracing,
+NATIVE_FROM = 500  # and fewer than this not worth compiling to machine code
+BLOCK = 50  # steps a call of compiled Adam takes, between two looks at the progress
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,15 +105,24 @@ def minibatches(density: Density, batch_size: int | None) -> Iterator[Tensor | N
             yield order[start : start + batch_size]
 
 
-def steps(
-    density: Density, loss: Callable[[], Tensor], tensors: list[Tensor], batch_size: int | None, count: int
-) -> Iterator[tuple[Tensor, ...]]:
-    """(loss, *gradients) of `count` minibatches, traced once: after that a step runs no Python of the program.
+def descend(
+    density: Density,
+    loss: Callable[[], Tensor],
+    tensors: list[Tensor],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    learning_rate: float,
+    batch_size: int | None,
+    num_steps: int,
+) -> Iterator[float]:
+    """Stochastic gradient descent: the loss at the start of each step; its gradient moves the tensors.
 
-    Between turns the caller moves the tensors. A tensor that the loss does not depend on has gradient zero.
+    Compiled where there are enough steps to pay for it; Adam then runs in machine code too, `BLOCK` steps a call.
+    Random numbers and minibatches come in the same order whatever the back end. A loss that is not finite moves
+    nothing, and is the last.
     """
-
-    cost: dict[str, float] = {}
+    if not tensors:
+        return
+    batches, cost = minibatches(density, batch_size), dict[str, float]()
 
     def step(*index: Tensor) -> tuple[Tensor, ...]:
         before = dict(density.counts)
@@ -121,19 +133,33 @@ def steps(
         filled = [torch.zeros_like(t) if g is None else g for t, g in zip(tensors, gradients, strict=True)]
         return (value.detach(), *filled)
 
-    batches = minibatches(density, batch_size)
     run: Callable[..., tuple[Tensor, ...]] = step
-    if count > TRACE_FROM:
+    if num_steps > TRACE_FROM:
         examples: list[tuple[Tensor, ...]] = [() if (b := next(batches)) is None else (b,) for _ in range(2)]
-        with density.uncounted():
-            run, why_not = traced(step, examples, [*tensors, *density.theta.tensors, *density.phi.tensors])
-        density.backend = "eager" if why_not else "graph"
-    for _ in range(count):
+        run = density.compile(step, examples, tensors, native=num_steps >= NATIVE_FROM)
+    count = dict(cost) if run is not step else {}
+    trainer = None
+    if isinstance(run, Compiled) and optimizer is torch.optim.Adam:
+        trainer = run.trainer(tensors, (learning_rate, 0.9, 0.999, 1e-8))
+    if trainer is not None:
+        for start in range(0, num_steps, BLOCK):
+            indices = itertools.islice(batches, min(BLOCK, num_steps - start))
+            losses = trainer.run(() if index is None else (index,) for index in indices)
+            for key, share in count.items():
+                density.counts[key] += share * len(losses)
+            yield from losses.tolist()
+        return
+    moves = make_optimizer(optimizer, tensors, learning_rate)
+    for _ in range(num_steps):
         index = next(batches)
-        yield run() if index is None else run(index)
-        if run is not step:
-            for key, value in cost.items():
-                density.counts[key] += value
+        value, *gradients = run() if index is None else run(index)
+        for key, counted in count.items():
+            density.counts[key] += counted
+        if value.isfinite():
+            for tensor, gradient in zip(tensors, gradients, strict=True):
+                tensor.grad = gradient
+            moves.step()
+        yield float(value)
 
 
 def make_optimizer(kind: Callable[..., Any], tensors: list[Tensor], learning_rate: float) -> torch.optim.Optimizer:

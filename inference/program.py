@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Beta, LKJCholesky, biject_to
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .problem import ProblemError
 
@@ -282,11 +282,22 @@ def batched_randomness() -> Iterator[None]:
         yield
 
 
+Flat = Callable[..., tuple[Tensor, ...]]
+
+
 def over_draws(
-    function: Callable[[Any], Any], inputs: Any, count: int, *, vectorised: bool, chunk: int, random: bool
+    function: Callable[[Any], Any],
+    inputs: Any,
+    count: int,
+    *,
+    vectorised: bool,
+    chunk: int,
+    random: bool,
+    compile: Callable[[Flat, list[tuple[Tensor, ...]]], Flat] | None = None,
 ) -> Any:
     """Apply a function of one draw along the first dimension of its inputs (a tensor or a dict of tensors): by vmap,
-    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws."""
+    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws.
+    `compile` (function of tensors, example arguments -> the same, faster) is used where there are chunks enough."""
 
     def row(i: int) -> Any:
         return inputs[i] if isinstance(inputs, Tensor) else {n: v[i] for n, v in inputs.items()}
@@ -299,13 +310,30 @@ def over_draws(
             chunk_size=chunk if chunk < count else None,
             randomness="different" if random else "error",
         )
-        if not random:
-            return mapped(inputs)
         try:
-            with batched_randomness():
+            with batched_randomness() if random else nullcontext():
+                if compile is not None and count > 2 * chunk:
+                    return _in_chunks(mapped, inputs, count, chunk, compile)
                 return mapped(inputs)
         except RuntimeError as error:  # a distribution that vmap cannot draw from
-            if "vmap" not in str(error) and "functorch" not in str(error):
+            if not random or ("vmap" not in str(error) and "functorch" not in str(error)):
                 raise
     rows = [function(row(i)) for i in range(count)]
     return tree_map(lambda *tensors: torch.stack(tensors), *rows)
+
+
+def _in_chunks(mapped: Callable[[Any], Any], inputs: Any, count: int, chunk: int, compile: Any) -> Any:
+    """mapped(inputs), all full chunks by the compiled function."""
+    columns, build = tree_flatten(inputs)
+    form: list[TreeSpec] = []
+
+    def flat(*rows: Tensor) -> tuple[Tensor, ...]:
+        results, spec = tree_flatten(mapped(tree_unflatten(list(rows), build)))
+        form[:] = [spec]
+        return tuple(results)
+
+    starts = range(0, count, chunk)
+    pieces = [tuple(c[start : start + chunk] for c in columns) for start in starts]
+    run = compile(flat, pieces[:2])
+    results = [run(*p) if len(p[0]) == chunk else flat(*p) for p in pieces]
+    return tree_unflatten([torch.cat(parts) for parts in zip(*results, strict=True)], form[0])

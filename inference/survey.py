@@ -243,7 +243,13 @@ def _describe(name: str, msg: Message) -> Site:
     shape = tuple(value.shape)
     described: dict[str, Any] = {}
     if not discrete:
-        transform = biject_to(fn.support)
+        try:
+            transform = biject_to(fn.support)
+        except NotImplementedError:
+            raise ProblemError(
+                f"site {name!r}: torch knows no map onto the support of {type(fn).__name__}, {fn.support}; write it as "
+                "a discrete choice and what is drawn given it, or give the distribution a support that is known."
+            ) from None
         described["bounded"] = not _is_real(fn.support)
         described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
         described["unconstrained_event_dim"] = fn.event_dim - (

@@ -811,3 +811,14 @@ def test_a_row_of_a_comparison_says_why_an_engine_did_not_run(worked):
     assert [s.state for s in states.values()] == ["unsupported", "done"]
     assert "continuous" in next(iter(states.values())).reason
     assert worked == ["Quadrature"]
+
+
+def test_a_latent_whose_support_has_no_map_is_named():
+    """The support of a mixture is known to torch by its components only."""
+
+    def model():
+        mixing = dist.Categorical(torch.tensor([0.5, 0.5]))
+        pyro.sample("z", dist.MixtureSameFamily(mixing, dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)))
+
+    with pytest.raises(ProblemError, match="site 'z': torch knows no map onto the support of MixtureSameFamily"):
+        infer(Problem(model), NUTS())

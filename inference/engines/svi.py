@@ -20,7 +20,7 @@ from torch import Tensor
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
 from ..guides import AutoGuide, Guide, make_guide
-from ..learning import Learned, TrailWriter, make_optimizer, steps
+from ..learning import Learned, TrailWriter, descend
 from ..posterior import Evidence, evidence_from_weights
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
@@ -119,18 +119,16 @@ class SVI:
             return "AutoNormal"
         return None
 
-    def _steps(self, density: Density, guide: Guide, tensors: list[Tensor], run: Run) -> Iterator[Tensor]:
+    def _steps(self, density: Density, guide: Guide, tensors: list[Tensor], run: Run) -> Iterator[float]:
         """One optimiser step a turn; yields the loss, the negative ELBO of all data."""
-        optimizer = make_optimizer(self.optimizer, tensors, self.learning_rate)
-        for step, (loss, *gradients) in enumerate(
-            steps(density, lambda: self.loss(density, guide), tensors, self.batch_size, self.num_steps)
-        ):
-            if not bool(loss.isfinite()):
+        losses = descend(
+            density, lambda: self.loss(density, guide), tensors, self.optimizer, self.learning_rate, self.batch_size,
+            self.num_steps,
+        )  # fmt: skip
+        for step, loss in enumerate(losses):
+            if not math.isfinite(loss):
                 advice = "try a smaller learning_rate" if step else "the density is not finite where the guide starts"
-                raise EngineError(f"the ELBO became {-float(loss)} at step {step}: {advice}")
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.grad = gradient
-            optimizer.step()
+                raise EngineError(f"the ELBO became {-loss} at step {step}: {advice}")
             if step % 50 == 49:
                 run.progress("gradient steps", step + 1, self.num_steps)
             yield loss

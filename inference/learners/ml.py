@@ -7,6 +7,7 @@ Discrete latents, which can be summed out exactly, are allowed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ import torch
 
 from ..density import Density
 from ..engine import EngineError, Run
-from ..learning import Learned, TrailWriter, make_optimizer, steps
+from ..learning import Learned, TrailWriter, descend
 from ..preflight import check_minibatch
 from ..problem import ProblemError
 from ..settings import check_optimizer, check_positive, settings
@@ -64,20 +65,17 @@ class ML:
 
             maximise(objective, tensors, self.num_steps)
             return Learned(writer.trail())
-        optimizer = make_optimizer(self.optimizer or torch.optim.Adam, tensors, self.learning_rate)
         writer = TrailWriter("exact" if self.batch_size is None else "estimate", self.num_steps)
 
         def loss() -> torch.Tensor:
             return -density.log_joint({}).sum() * density.data_scale
 
-        for step, (value, *gradients) in enumerate(steps(density, loss, tensors, self.batch_size, self.num_steps)):
-            if not bool(value.isfinite()):
-                raise EngineError(
-                    f"the log likelihood became {-float(value)} at step {step}; try a smaller learning_rate"
-                )
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.grad = gradient
-            optimizer.step()
+        optimizer = self.optimizer or torch.optim.Adam
+        for step, value in enumerate(
+            descend(density, loss, tensors, optimizer, self.learning_rate, self.batch_size, self.num_steps)
+        ):
+            if not math.isfinite(value):
+                raise EngineError(f"the log likelihood became {-value} at step {step}; try a smaller learning_rate")
             writer.add(step, -value)
             run.progress("gradient steps", step + 1, self.num_steps)
         return Learned(writer.trail())

@@ -1,0 +1,392 @@
+"""The program as C."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .fuse import COMBINE, kept_buffers, schedule
+from .ir import C_TYPES, Access, Apply, Buffer, Call, Counter, Expr, Literal, Loop, Nest, Program
+from .lower import UnsupportedError
+
+SCRATCH_LIMIT = 2**28  # bytes of working memory a thread may need
+SOURCE_LIMIT = 4 * 2**20  # characters; a compiler takes some 3 s for each million
+SPLIT = 64  # with more nests than this, each is a function: compilers slow down on long ones
+
+PRELUDE = r"""#include <stdint.h>
+#define LN2 0.693147180559945309417232121458
+#define PI 3.14159265358979323846264338328
+#ifdef VECTOR_MATH
+#define VECTOR __attribute__((__simd__("notinbranch")))
+#else
+#define VECTOR
+#endif
+#define UNARY(f) VECTOR double f(double); VECTOR float f##f(float);
+UNARY(acos) UNARY(acosh) UNARY(asin) UNARY(asinh) UNARY(atan) UNARY(atanh) UNARY(cos) UNARY(cosh) UNARY(erf) UNARY(erfc)
+UNARY(exp) UNARY(exp2) UNARY(expm1) UNARY(log) UNARY(log10) UNARY(log1p) UNARY(log2) UNARY(sin) UNARY(sinh) UNARY(tan)
+UNARY(tanh)
+VECTOR double pow(double, double); VECTOR float powf(float, float);
+VECTOR double atan2(double, double); VECTOR float atan2f(float, float);
+double sqrt(double), fabs(double), floor(double), ceil(double), rint(double), trunc(double), lgamma_r(double, int*);
+float sqrtf(float), fabsf(float), floorf(float), ceilf(float), rintf(float), truncf(float);
+static inline double log_gamma(double x) { int sign; return lgamma_r(x, &sign); }
+#define EXTREMES(T, f) /* of two, NaN if one is; written so that loops of them vectorise */ \
+  static inline T maximum##f(T x, T y) { return __builtin_isunordered(x, y) ? x + y : x > y ? x : y; } \
+  static inline T minimum##f(T x, T y) { return __builtin_isunordered(x, y) ? x + y : x < y ? x : y; }
+EXTREMES(double, ) EXTREMES(float, f)
+static double digamma(double x) {
+  if (x == 0) return __builtin_copysign(__builtin_inf(), -x);
+  double shift = 0;
+  if (x < 0) {
+    if (x == floor(x)) return __builtin_nan("");
+    shift = -PI / tan(PI * x);
+    x = 1 - x;
+  }
+  for (; x < 12; x += 1) shift -= 1 / x;
+  double r = 1 / x, q = r * r;
+  return shift + log(x) - r / 2 - q * (1.0 / 12 - q * (1.0 / 120 - q * (1.0 / 252 - q * (1.0 / 240 - q * (1.0 / 132
+    - q * (691.0 / 32760 - q / 12))))));
+}
+static double trigamma(double x) {
+  double sign = 1, shift = 0;
+  if (x < 0.5) { double s = sin(PI * x); shift = -(PI * PI) / (s * s); x = 1 - x; sign = -1; }
+  double sum = 0;
+  for (; x < 12; x += 1) sum += 1 / (x * x);
+  double r = 1 / x, q = r * r;
+  sum += r + q / 2 + r * q * (1.0 / 6 - q * (1.0 / 30 - q * (1.0 / 42 - q * (1.0 / 30 - q * (5.0 / 66
+    - q * (691.0 / 2730 - q * 7 / 6))))));
+  return sign * (sum + shift);
+}
+"""
+
+ENTRY = r"""
+int64_t pyrometer_call(void** a, void** r, void** c) { return body(a, r, c); }
+"""
+
+SAMPLER = r"""
+int64_t pyrometer_log_density(uint64_t dim, double* x, double* gradient, double* value, void* user) {
+  static _Thread_local double values[%d];
+  void *a[1] = {x}, *r[2] = {values, gradient};
+  int64_t fault = body(a, r, (void**)user);
+  if (fault) return fault;
+  double sum = 0, check = 0;
+  for (int64_t i = 0; i < %d; i++) sum += values[i];
+  for (uint64_t i = 0; i < dim; i++) check += gradient[i] * 0;
+  *value = sum;
+  check += sum * 0;
+  return check == 0 ? 0 : 4;
+}
+"""
+
+# steps of Adam (Kingma & Ba 2015, arxiv.org/abs/1412.6980) on parameters c[place[p]] with gradients r[source[p]];
+# arguments move on by their stride (bytes) at each step. Answers how many steps were taken.
+TRAINER = r"""
+int64_t pyrometer_adam(int64_t steps, int64_t done, void** arguments, const int64_t* strides, void** r, void** c,
+                       int64_t count, const int64_t* place, const int64_t* source, const int64_t* sizes,
+                       void** means, void** squares,
+                       const double* settings, double* losses, int64_t* fault) {
+  const double rate = settings[0], decay1 = settings[1], decay2 = settings[2], epsilon = settings[3];
+  void* a[%d];
+  for (int64_t step = 0; step < steps; step++) {
+    for (int i = 0; i < %d; i++) a[i] = (char*)arguments[i] + step * strides[i];
+    if ((*fault = body(a, r, c))) return step;
+    losses[step] = *(%s*)r[0];
+    if (losses[step] - losses[step] != 0) return step;
+    const double t = done + step + 1;
+    const double size = rate / (1 - pow(decay1, t)), root = 1 / sqrt(1 - pow(decay2, t));
+    for (int64_t p = 0; p < count; p++) {
+      %s *restrict w = c[place[p]], *restrict m = means[p], *restrict v = squares[p];
+      const %s* restrict g = r[source[p]];
+      const %s b1 = decay1, b2 = decay2, s = size, q = root, e = epsilon;
+      for (int64_t i = 0; i < sizes[p]; i++) {
+        m[i] = b1 * m[i] + (1 - b1) * g[i];
+        v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
+        w[i] -= s * m[i] / (@sqrt(v[i]) * q + e);
+      }
+    }
+  }
+  return steps;
+}
+"""
+
+
+def source(program: Program) -> tuple[str, list[str]]:
+    """The C text, and the names of the BLAS and LAPACK routines that it takes after the fixed buffers."""
+    return _Writer(program).write()
+
+
+class _Writer:
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.nests = schedule(program)
+        self.kept = kept_buffers(self.nests) | {w.buffer for w in program.results}
+        self.routines: list[str] = []
+        self.scratch: dict[Buffer, int] = {}
+        self.bytes = 0
+        self.names = 0
+
+    def write(self) -> tuple[str, list[str]]:
+        blocks = [self._call(n) if isinstance(n, Call) else self._nest(n) for n in self.nests]
+        if self.bytes > SCRATCH_LIMIT:
+            raise UnsupportedError(f"working memory of {self.bytes / 2**20:.0f} MB")
+        memory = f"static _Thread_local char scratch[{max(self.bytes, 64)}] __attribute__((aligned(64)));\n"
+        text = [PRELUDE, memory]
+        if len(blocks) > SPLIT:
+            for i, block in enumerate(blocks):
+                text.append(f"static __attribute__((noinline)) int64_t part{i}(void** a, void** r, void** c) {{\n")
+                text.append(f"{self._pointers(block)}{block}return 0;\n}}\n")
+            body = "".join(f"if ((fault = part{i}(a, r, c))) return fault;\n" for i in range(len(blocks)))
+            body = f"int64_t fault;\n{body}"
+        else:
+            body = "".join(blocks)
+            body = self._pointers(body) + body
+        if sum(len(part) for part in text) > SOURCE_LIMIT:
+            raise UnsupportedError("the program unrolls to more operations than a C compiler takes in seconds")
+        text.append(f"static int64_t body(void** a, void** r, void** c) {{\n{body}return 0;\n}}\n{ENTRY}")
+        if len(self.program.arguments) == 1 and len(self.program.results) == 2:
+            size = self.program.results[0].buffer.size
+            text.append(SAMPLER % (size, size))
+        kinds = {w.dtype for w in self.program.results}
+        if self.program.results[:1] and self.program.results[0].shape == () and len(kinds) == 1:
+            (dtype,) = kinds
+            count, t = len(self.program.arguments), C_TYPES[dtype]
+            if dtype.is_floating_point:
+                text.append(_suffixed(TRAINER, dtype) % (max(1, count), count, t, t, t, t))
+        return "".join(text), self.routines
+
+    def _pointers(self, text: str) -> str:
+        """Declarations of the buffers that a text names."""
+        used = set(re.findall(r"\b[acrt]\d+\b", text))
+        lines = []
+        for window in self.program.arguments:
+            b = window.buffer
+            lines.append((b.name, f"const {C_TYPES[b.dtype]}* restrict {b.name} = a[{b.index}];\n"))
+        for b in self.program.fixed:
+            lines.append((b.name, f"const {C_TYPES[b.dtype]}* restrict {b.name} = c[{b.index}];\n"))
+        for window in self.program.results:
+            b = window.buffer
+            lines.append((b.name, f"{C_TYPES[b.dtype]}* restrict {b.name} = r[{b.index}];\n"))
+        for b, offset in self.scratch.items():
+            t = _working(b.dtype)
+            lines.append((b.name, f"{t}* restrict {b.name} = ({t}*)(scratch + {offset});\n"))
+        return "".join(line for name, line in lines if name in used)
+
+    def _pointer(self, buffer: Buffer) -> str:
+        if buffer.kind == "scratch" and buffer not in self.scratch:
+            self.scratch[buffer] = self.bytes
+            self.bytes += -(-buffer.size * (8 if buffer.dtype == torch.bool else buffer.dtype.itemsize) // 64) * 64
+        return buffer.name
+
+    def _name(self) -> str:
+        self.names += 1
+        return f"v{self.names}"
+
+    # -- calls ---------------------------------------------------------------------------------------------------
+
+    def _call(self, call: Call) -> str:
+        for routine in call.routines:
+            if routine not in self.routines:
+                self.routines.append(routine)
+
+        def fill(match: re.Match[str]) -> str:
+            kind, index = match[1], int(match[2])
+            if kind == "R":
+                place = len(self.program.fixed) + self.routines.index(call.routines[index])
+                return f"((void (*)())c[{place}])"
+            window = call.windows[index]
+            scratch = window.buffer.kind == "scratch"
+            t = _working(window.dtype) if scratch else C_TYPES[window.dtype]
+            return t if kind == "T" else f"(({t}*){self._pointer(window.buffer)} + {window.offset})"
+
+        return "{ " + re.sub(r"\$([RT]?)(\d)", fill, call.text) + " }\n"
+
+    # -- nests ---------------------------------------------------------------------------------------------------
+
+    def _nest(self, nest: Nest) -> str:
+        order = _order(nest)
+        sizes, loops = _merged([nest.sizes[d] for d in order], [_permuted(loop, order) for loop in nest.loops])
+        rank, computed = len(sizes), dict[Access, str]()
+        before: list[list[str]] = [[] for _ in range(rank + 1)]  # what runs before loop d (rank: inside all)
+        after: list[list[str]] = [[] for _ in range(rank + 1)]
+        inner: list[str] = []
+        prepare: list[str] = []
+        independent = True
+        for loop in loops:
+            t, name = _working(loop.target.dtype), self._name()
+            value = self._expr(loop.expr, computed, inner)
+            if loop.reduce:
+                start = rank  # the trailing loops that are all reduced over
+                while start and start - 1 in loop.over:
+                    start -= 1
+                combine = _suffixed(COMBINE[loop.reduce], loop.target.dtype)
+                partial = len(loop.over) > rank - start
+                place = self._place(loop.target, computed, inner)
+                if partial:
+                    prepare.append(self._initial(loop, sizes))
+                if start == rank:
+                    inner.append(f"{place} = {combine.format(place, f'({value})')};")
+                else:
+                    before[start].append(f"{t} {name} = {_start(loop)};")
+                    inner.append(f"{name} = {combine.format(name, f'({value})')};")
+                    after[start].append(f"{place} = {combine.format(place, name) if partial else name};")
+            elif loop.adds or loop.target.indirect:
+                place = self._place(loop.target, computed, inner)
+                independent = False
+                inner.append(f"{place} {'+=' if loop.adds else '='} {value};")
+            else:
+                inner.append(f"const {t} {name} = {value};")
+                computed[loop.target] = name
+                if loop.target.buffer in self.kept:
+                    inner.append(f"{self._place(loop.target, computed, inner)} = {name};")
+        text = "\n".join(inner)
+        for d in reversed(range(rank)):
+            hint = "#pragma GCC ivdep\n" if d == rank - 1 and independent else ""
+            head = f"{hint}for (int64_t i{d} = 0; i{d} < {sizes[d]}; i{d}++) {{"
+            text = "\n".join([*before[d], head, text, "}", *after[d]])
+        return "{\n" + "".join(prepare) + text + "\n}\n"
+
+    def _initial(self, loop: Loop, sizes: list[int]) -> str:
+        kept = [d for d in range(len(sizes)) if d not in loop.over]
+        heads = "".join(f"for (int64_t i{d} = 0; i{d} < {sizes[d]}; i{d}++) " for d in kept)
+        return f"{heads}{self._place(loop.target, {}, [])} = {_start(loop)};\n"
+
+    def _place(self, access: Access, computed: dict[Access, str], inner: list[str]) -> str:
+        terms = [str(access.offset)] if access.offset or not any(access.strides) else []
+        terms += [f"{s} * i{d}" if s != 1 else f"i{d}" for d, s in enumerate(access.strides) if s]
+        for index, size, stride in access.indirect:
+            name = self._name()
+            inner.append(f"int64_t {name} = {self._expr(index, computed, inner)};")
+            inner.append(f"if ({name} < 0) {name} += {size};")
+            inner.append(f"if ((uint64_t){name} >= {size}) return 6;")
+            terms.append(f"{name} * {stride}")
+        return f"{self._pointer(access.buffer)}[{' + '.join(terms)}]"
+
+    def _expr(self, expr: Expr, computed: dict[Access, str], inner: list[str]) -> str:
+        if isinstance(expr, Access):
+            return computed.get(expr) or self._place(expr, computed, inner)
+        if isinstance(expr, Literal):
+            return _literal(expr.value, expr.dtype)
+        if isinstance(expr, Counter):
+            return f"({expr.start} + {expr.step} * i{expr.loop})"
+        args = []
+        for i, arg in enumerate(expr.args):
+            text = self._expr(arg, computed, inner)
+            if isinstance(arg, Apply):  # a template may name an argument twice
+                name = self._name()
+                inner.append(f"const {_working(arg.dtype)} {name} = {text};")
+                text = name
+            condition = f"{{{i}}} ?" in expr.template
+            if isinstance(arg, Literal) and not condition:
+                text = _literal(arg.value, expr.within)
+            elif arg.dtype != expr.within and not condition:
+                text = f"(({C_TYPES[expr.within]}){_bracketed(text)})"
+            args.append(_bracketed(text))
+        return f"({_suffixed(expr.template, expr.within).format(*args)})"
+
+
+def _suffixed(template: str, dtype: torch.dtype) -> str:
+    """Functions of the working precision."""
+    return re.sub(r"@(\w+)", r"\1f" if dtype == torch.float32 else r"\1", template)
+
+
+def _working(dtype: torch.dtype) -> str:
+    """The C type in registers and scratch memory: truth values are wide, so that loops of them vectorise."""
+    return "int64_t" if dtype == torch.bool else C_TYPES[dtype]
+
+
+def _bracketed(text: str) -> str:
+    return text if re.fullmatch(r"\w+", text) else f"({text})"
+
+
+def _literal(value: Any, dtype: torch.dtype) -> str:
+    if not dtype.is_floating_point:
+        return str(int(value)) if dtype != torch.int64 else f"((int64_t){int(value)})"
+    number = float(value)
+    if math.isnan(number):
+        return f'(({C_TYPES[dtype]})__builtin_nan(""))'
+    if math.isinf(number):
+        return f"(({C_TYPES[dtype]}){'-' if number < 0 else ''}__builtin_inf())"
+    return number.hex() if dtype == torch.float64 else f"((float){number.hex()})"
+
+
+def _start(loop: Loop) -> str:
+    dtype = loop.target.dtype
+    if loop.reduce in ("max", "min"):
+        if not dtype.is_floating_point:
+            raise UnsupportedError(f"{loop.reduce} of integers")
+        return _literal(-math.inf if loop.reduce == "max" else math.inf, dtype)
+    return {"sum": "0", "prod": "1", "any": "0", "all": "1"}[loop.reduce]
+
+
+def _order(nest: Nest) -> list[int]:
+    """The loops from the outside in: innermost the one along which most memory is contiguous."""
+    rank = len(nest.sizes)
+    if rank < 2:
+        return list(range(rank))
+    accesses = {a for loop in nest.loops for a in [*loop.accesses(), loop.target]}
+
+    def score(d: int) -> float:
+        good = sum({0: 0.5, 1: 1.0}.get(abs(a.strides[d]), -1.0) for a in accesses)
+        return good - (len(accesses) if nest.sizes[d] < 8 else 0)
+
+    last = max(range(rank), key=lambda d: (score(d), d))
+    return [d for d in range(rank) if d != last] + [last]
+
+
+def _permuted(loop: Loop, order: list[int]) -> Loop:
+    def move(x: Any) -> Any:
+        if isinstance(x, Access):
+            return Access(
+                x.buffer, x.offset, tuple(x.strides[d] for d in order),
+                tuple((move(e), n, s) for e, n, s in x.indirect),
+            )  # fmt: skip
+        if isinstance(x, Counter):
+            return replace(x, loop=order.index(x.loop))
+        return replace(x, args=tuple(move(a) for a in x.args)) if isinstance(x, Apply) else x
+
+    over = frozenset(order.index(o) for o in loop.over)
+    return Loop(tuple(loop.sizes[d] for d in order), move(loop.expr), move(loop.target), loop.reduce, over, loop.adds)
+
+
+def _merged(sizes: list[int], loops: list[Loop]) -> tuple[list[int], list[Loop]]:
+    """Neighbouring loops as one where every access allows it: longer inner loops."""
+    if any(_counts(loop.expr) or _counts(loop.target) for loop in loops):
+        return sizes, loops
+    d = len(sizes) - 2
+    while d >= 0:
+        inner = sizes[d + 1]
+        accesses = [a for loop in loops for a in [*loop.accesses(), loop.target]]
+        if all(a.strides[d] == a.strides[d + 1] * inner for a in accesses) and all(
+            (d in loop.over) == (d + 1 in loop.over) for loop in loops
+        ):
+            sizes = [*sizes[:d], sizes[d] * inner, *sizes[d + 2 :]]
+            loops = [_without(loop, d, tuple(sizes)) for loop in loops]
+        d -= 1
+    return sizes, loops
+
+
+def _without(loop: Loop, d: int, sizes: tuple[int, ...]) -> Loop:
+    """The loop after dimension d went into the next."""
+
+    def drop(x: Any) -> Any:
+        if isinstance(x, Access):
+            return Access(
+                x.buffer, x.offset, x.strides[:d] + x.strides[d + 1 :],
+                tuple((drop(e), n, s) for e, n, s in x.indirect),
+            )  # fmt: skip
+        return replace(x, args=tuple(drop(a) for a in x.args)) if isinstance(x, Apply) else x
+
+    over = frozenset(o - (o > d) for o in loop.over if o != d)
+    return Loop(sizes, drop(loop.expr), drop(loop.target), loop.reduce, over, loop.adds)
+
+
+def _counts(x: Any) -> bool:
+    if isinstance(x, Counter):
+        return True
+    if isinstance(x, Access):
+        return any(_counts(e) for e, _, _ in x.indirect)
+    return isinstance(x, Apply) and any(_counts(a) for a in x.args)
