@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import numpy as np
@@ -48,6 +48,7 @@ class Draws:
     log_ratio: Tensor | None = None  # log p(x, z) - log q(z) of draws from q, (S, *batch)
     deterministic: bool = False  # weighted points of a rule, without sampling error
     alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
+    figures: Mapping[str, Tensor] = field(default_factory=dict)  # of its own, for the diagnostics
 
 
 class Engine(Protocol):
@@ -70,6 +71,7 @@ class Run:
     seed: np.random.SeedSequence
     warm: Mapping[str, Tensor] = field(default_factory=dict)
     report: Callable[[str, int, int], None] | None = None
+    nested: bool = False  # part of a longer run, which an interruption ends as a whole
     tuning_counts: dict[str, float] = field(default_factory=lambda: {"evaluations": 0.0, "gradients": 0.0})
     tuning_seconds: float = 0.0
     _tuning: bool = False
@@ -97,7 +99,7 @@ class Run:
     def child(self, index: int, warm: Mapping[str, Tensor] | None = None) -> Run:
         """A run inside this one with a seed of its own."""
         seed = np.random.SeedSequence(self.seed.entropy, spawn_key=(*self.seed.spawn_key, index))
-        return Run(self.density, seed, warm or {})
+        return Run(self.density, seed, warm or {}, nested=True)
 
     def cost(self, seconds: float, peak_memory: int | None) -> Cost:
         return Cost(
@@ -107,6 +109,7 @@ class Run:
             tuning_gradients=self.tuning_counts["gradients"],
             seconds=seconds,
             tuning_seconds=self.tuning_seconds,
+            compile_seconds=self.density.compile_seconds,
             peak_memory=peak_memory,
             backend=self.density.backend,
         )
@@ -121,6 +124,7 @@ def infer(
     warm: Posterior | None = None,
     progress: bool | Callable[[str, int, int], None] = False,
     device: torch.device | str | None = None,
+    backend: str = "auto",
 ) -> Posterior:
     """Approximate p_theta(z | x), theta held fixed.
 
@@ -128,13 +132,15 @@ def infer(
     parameters  theta (and the guide's phi) by name, or the `Fit` that learned them; None: as they stand in the program
     warm        a posterior of the same engine and problem to go on from
     progress    True draws a bar on a terminal; a function is called with (stage, step, total)
+    backend     how the density is run where it is compiled: 'auto' (the fastest that serves), 'native', 'graph',
+                'eager' or 'inductor'; what served stands in `cost.backend`
     Returns a posterior whose `status` says how it ended: an engine that does not serve the model is 'unsupported',
     a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
     """
     method: Engine = as_engine(engine)
     check_problem(problem)
     with isolated(seed, device), torch.no_grad():
-        density, reason = _prepare(problem, method, parameters, device)
+        density, reason = _prepare(problem, method, parameters, device, backend)
         if reason:
             with density:  # where theta is this run's
                 return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
@@ -164,9 +170,11 @@ def why_not(
         return _prepare(problem, as_engine(engine), parameters, None)[1]
 
 
-def _prepare(problem: Problem, engine: Engine, parameters: Any, device: Any) -> tuple[Density, str]:
+def _prepare(
+    problem: Problem, engine: Engine, parameters: Any, device: Any, backend: str = "auto"
+) -> tuple[Density, str]:
     prepare = getattr(engine, "prepare", None)  # an engine may bring a guide of its own
-    density = Density(prepare(problem) if prepare else problem, device=device)
+    density = Density(prepare(problem) if prepare else problem, device=device, backend=backend)
     if parameters is not None:
         density.set_parameters(parameters)
     if not density.latents:
@@ -245,7 +253,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         values,
         log_weights,
         draws.log_evidence,
-        diagnostics=diagnostics,
+        diagnostics=replace(diagnostics, figures={**diagnostics.figures, **_on_cpu(draws.figures)}),
         state=_on_cpu(draws.state),
         kind=draws.kind,
         sample_stats=stats,

@@ -1,43 +1,54 @@
 """The No-U-Turn sampler on all continuous latents together.
 
-Hoffman & Gelman 2014, jmlr.org/papers/v15/hoffman14a.html.
-
-Pyro's kernel moves the unconstrained vector; chains have seeds of their own, derived so that no two runs share one
-(Pyro's own seeding gives chain 1 of seed 0 and chain 0 of seed 1 the same draws). Discrete latents are summed out.
+Hoffman & Gelman 2014, jmlr.org/papers/v15/hoffman14a.html, with the multinomial trajectories of Betancourt 2017,
+arxiv.org/abs/1701.02434. It moves the unconstrained vector; discrete latents are summed out. The sampler is nutpie's
+(github.com/pymc-devs/nuts-rs), or Pyro's own kernel as a cross-check.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
-from pyro.infer import mcmc
 from torch import Tensor
 
+from .. import nutpie_private, nuts_nutpie, nuts_pyro
+from ..chains import Plan, Tuning, answer
 from ..density import Density
-from ..engine import Draws, EngineError, Run, seed_all
+from ..engine import Draws, Run
 from ..problem import ProblemError
 from ..settings import check_positive, settings
+from ..starts import starts
+
+CHOICES = {"mass_matrix": ("diagonal", "low_rank"), "backend": ("nutpie", "pyro")}
 
 
 @settings
 class NUTS:
-    """Hamiltonian Monte Carlo with adaptive path lengths; step size and diagonal mass matrix are tuned in warm-up,
-    then fixed. On a problem that factorises, all data move together, with one accept step.
+    """Hamiltonian Monte Carlo with adaptive path lengths; step size and mass matrix are tuned in warm-up, then fixed.
+    On a problem that factorises, all data move together, with one accept step.
 
     num_samples, warmup_steps  per chain; `warm=` starts from an earlier run's last points and tuning, without warm-up
     target_acceptance          mean acceptance probability that the step size is tuned to, in (0, 1)
     max_tree_depth             at most 2**max_tree_depth leapfrog steps a draw
+    mass_matrix                'diagonal', or 'low_rank' for strong correlations (nutpie only; nutpie does not hand it
+                               out, so a warm start keeps the points and tunes again)
+    initial                    site -> where to start, (num_chains, *shape) or (*shape,); sites not named, and None:
+                               draws of the prior
+    initial_tries              draws of the prior that are tried for each start
+    backend                    'nutpie', or 'pyro': Pyro's own kernel, some hundred times slower
     """
 
     name: ClassVar[str] = "nuts"
-    num_samples: int = 500
+    num_samples: int = 1000
     warmup_steps: int = 500
     num_chains: int = 4
     target_acceptance: float = 0.8
     max_tree_depth: int = 10
+    mass_matrix: str = "diagonal"
+    initial: Mapping[str, Any] | None = None
     initial_tries: int = 100
+    backend: str = "nutpie"
 
     def __post_init__(self) -> None:
         check_positive(self, "target_acceptance")
@@ -45,6 +56,13 @@ class NUTS:
             raise ProblemError(f"NUTS(target_acceptance={self.target_acceptance}): expected a number in (0, 1).")
         if isinstance(self.max_tree_depth, int) and self.max_tree_depth > 20:
             raise ProblemError(f"NUTS(max_tree_depth={self.max_tree_depth}): expected at most 20.")
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ProblemError(f"NUTS({name}={getattr(self, name)!r}): expected one of {', '.join(choices)}.")
+        if self.backend == "pyro" and self.mass_matrix != "diagonal":
+            raise ProblemError("NUTS(mass_matrix='low_rank') needs backend='nutpie'.")
+        if self.initial is not None and not isinstance(self.initial, Mapping):
+            raise ProblemError(f"NUTS(initial=...): expected site -> values, got {type(self.initial).__name__}.")
 
     def supports(self, density: Density) -> str:
         if not density.continuous:
@@ -54,102 +72,53 @@ class NUTS:
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:
-        warm = {n: t.to(density.dtype) for n, t in run.warm.items() if n in ("position", "step_size", "inverse_mass")}
-        shape = (*density.batch_shape, density.dim)
-        if warm and warm["position"].shape != (self.num_chains, *shape):
-            raise ProblemError(
-                f"the warm start holds positions of shape {tuple(warm['position'].shape)}, this run needs "
-                f"{(self.num_chains, *shape)}: same data, same num_chains."
-            )
-        chains = [self._chain(density, run, chain, shape, warm) for chain in range(self.num_chains)]
-        u = torch.stack([c["u"] for c in chains])
-        stats = {
-            n: torch.stack([c[n] for c in chains])
-            for n in ("lp", "diverging", "acceptance_rate", "step_size", "n_steps")
-        }
-        state = {
-            "position": u[:, -1],
-            "step_size": torch.stack([c["step_size"][-1] for c in chains]),
-            "inverse_mass": torch.stack([c["inverse_mass"] for c in chains]),
-        }
-        return Draws(density.complete(u), "mcmc", sample_stats=stats, state=state)
-
-    def _chain(
-        self, density: Density, run: Run, chain: int, shape: tuple[int, ...], warm: dict[str, Tensor]
-    ) -> dict[str, Any]:
-        seed_all(run.child(chain).seed)
-
-        with run.tuning() if not warm else nullcontext():
-            start = warm["position"][chain] if warm else self._start(density, shape)
-        value_and_grad = density.traced_value_and_grad(start)
-
-        def potential(position: dict[str, Tensor]) -> Tensor:
-            return _Potential.apply(position["u"], value_and_grad, shape)
-
-        with torch.enable_grad():
-            kernel = mcmc.NUTS(
-                potential_fn=potential,
-                step_size=float(warm["step_size"][chain]) if warm else 1.0,
-                adapt_step_size=not warm,
-                adapt_mass_matrix=not warm,
-                target_accept_prob=self.target_acceptance,
-                max_tree_depth=self.max_tree_depth,
-            )
-            position = {"u": start.reshape(-1).clone()}
-            kernel.initial_params = position
-            warmup = 0 if warm else self.warmup_steps
-            with run.tuning() if not warm else nullcontext():  # its search for a step size too
-                kernel.setup(warmup)
-            if warm:
-                kernel.mass_matrix_adapter.inverse_mass_matrix = {("u",): warm["inverse_mass"][chain]}
+        notes: list[str] = []
+        tuned = None
+        if run.warm:
+            points, tuned = self._earlier(density, run.warm)
+            if tuned is None:
+                notes.append("the mass matrix of the earlier run is not known: points kept, tuned again")
+        else:
             with run.tuning():
-                for step in range(warmup):
-                    position = kernel.sample(position)
-                    run.progress(f"chain {chain + 1} warm-up", step + 1, warmup)
-            rows: dict[str, list[Any]] = {"u": [], "lp": [], "diverging": [], "acceptance_rate": [], "n_steps": []}
-            for step in range(self.num_samples):
-                divergences, accepted = len(kernel._divergences), kernel._mean_accept_prob
-                gradients = density.counts["gradients"]
-                position = kernel.sample(position)
-                count = kernel._t - kernel._warmup_steps  # Pyro keeps a running mean over the draws
-                rows["u"].append(position["u"].detach().reshape(shape))
-                rows["lp"].append(-float(kernel._potential_energy_last))
-                rows["diverging"].append(len(kernel._divergences) > divergences)
-                rows["acceptance_rate"].append(float(kernel._mean_accept_prob * count - accepted * (count - 1)))
-                rows["n_steps"].append(round(density.counts["gradients"] - gradients))
-                run.progress(f"chain {chain + 1} draws", step + 1, self.num_samples)
-            mass = kernel.inverse_mass_matrix[("u",)].detach().clone()
-            step_size = torch.full((self.num_samples,), float(kernel.step_size), dtype=torch.float64)
-            kernel.cleanup()
-        out = {n: torch.tensor(v) for n, v in rows.items() if n != "u"}
-        return {**out, "u": torch.stack(rows["u"]), "step_size": step_size, "inverse_mass": mass}
-
-    def _start(self, density: Density, shape: tuple[int, ...]) -> Tensor:
-        """A point with finite density and gradient: a draw of the prior, or near zero where it is improper."""
-        for attempt in range(self.initial_tries):
-            if density.improper:
-                u = (torch.rand(shape, dtype=density.dtype) * 4 - 2) * min(1.0, 2.0 / (attempt + 1))
-            else:
-                u = density.unconstrain({n: v[0] for n, v in density.prior(1).values.items()})
-            value, gradient = density.value_and_grad(u)
-            if bool(value.isfinite().all()) and bool(gradient.isfinite().all()):
-                return u
-        raise EngineError(
-            f"no start with a finite log density and gradient in {self.initial_tries} draws of the prior; check the "
-            "scale of the prior and the support of the data"
+                points = starts(density, run, self.num_chains, self.initial, self.initial_tries)
+        compiled = density.compiled(points[0])
+        if compiled.why:
+            notes.append(f"the density runs as {compiled.backend}, which is slower: {compiled.why}")
+        plan = Plan(
+            self.num_samples,
+            self.warmup_steps,
+            self.target_acceptance,
+            self.max_tree_depth,
+            self.mass_matrix == "low_rank",
         )
+        if self.backend == "nutpie" and not (fault := _nutpies_fault()):
+            chains = nuts_nutpie.sample(density, compiled, points, tuned, run, plan)
+        else:
+            if self.backend == "nutpie":
+                notes.append(f"Pyro's own kernel, which is slow, took the place of nutpie: {fault}")
+            chains = nuts_pyro.sample(density, points, tuned, run, plan)
+        return answer(density, chains, self.num_chains, plan, notes)
+
+    def _earlier(self, density: Density, state: Mapping[str, Tensor]) -> tuple[Tensor, Tuning | None]:
+        """Points and tuning of the run that this one goes on from; no tuning where its mass matrix is not known."""
+        if self.initial is not None:
+            raise ProblemError("NUTS(initial=...) and warm=... both say where to start: give one of them.")
+        points = state["position"].to(dtype=density.dtype, device=density.device)
+        shape = (self.num_chains, *density.batch_shape, density.dim)
+        if points.shape != shape:
+            raise ProblemError(
+                f"the warm start holds positions of shape {tuple(points.shape)}, this run needs "
+                f"{shape}: same data, same num_chains."
+            )
+        if self.mass_matrix != "diagonal" or "inverse_mass" not in state:
+            return points, None
+        return points, Tuning(state["step_size"], state["inverse_mass"])
 
 
-class _Potential(torch.autograd.Function):
-    """-log joint, whose gradient was computed with it."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, value_and_grad: Any, shape: tuple[int, ...]) -> Tensor:
-        value, gradient = value_and_grad(u.detach().reshape(shape))
-        ctx.save_for_backward(-gradient.reshape(-1))
-        return -value.sum()
-
-    @staticmethod
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return scale * gradient, None, None
+def _nutpies_fault() -> str:
+    """Why nutpie cannot be used; '' where it can."""
+    try:
+        nutpie_private.load()
+    except nutpie_private.UnavailableError as error:
+        return str(error)
+    return ""
