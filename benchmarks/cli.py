@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from .comparison import Comparison, Row, Theta
+    from .speed.record import Begun, Measurement
+
+T = TypeVar("T")
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -108,7 +109,7 @@ def compare(
         )
         found, ended = _collect(steps)
     comparison = gather(problem, found, seed=seed, command=shlex.join(map(str, words)), complete=ended is None)
-    _deliver(comparison, json_path, ended)
+    _deliver(comparison, comparison.to_json, json_path, ended)
 
 
 @main.command(name="list")
@@ -134,12 +135,13 @@ def list_() -> None:
 @main.command()
 def doctor() -> None:
     """Show versions, compiler and device, and check a known answer in a few seconds."""
-    from pyrometer.inference import ImportanceSampling, infer
+    from pyrometer.inference import NUTS, ImportanceSampling, infer
+    from pyrometer.inference.native.toolchain import compiler
     from pyrometer.models import conjugate_gaussian
 
     from .facts import machine, versions
 
-    compiler = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), "none found")
+    found = compiler()
     problem = conjugate_gaussian.problem(num_data=20)
     start = time.perf_counter()
     posterior = infer(problem, ImportanceSampling(proposal="prior", num_samples=2000), seed=0)
@@ -151,7 +153,10 @@ def doctor() -> None:
     exact = truth.total()[0]
     # |z| > 4.9 happens by chance once in a million; the error bar must be small as well, or anything passes.
     passed = abs(value - exact) < 4.9 * error and error < 0.5
-    facts = {**versions(), **machine(), "compiler": compiler}
+    compiled = infer(problem, NUTS(num_samples=10, warmup_steps=10, num_chains=1), seed=0).cost
+    facts = {**versions(), **machine(), "compiler": f"{found.path} ({found.version})" if found else "none found"}
+    facts["densities"] = f"{compiled.backend} (made in {compiled.compile_seconds:.2f} s)"
+    facts["compiled code"] = _kept()
     facts["self-test"] = (
         f"{'passed' if passed else 'FAILED'}: log evidence {value:.3f} +- {error:.3f} by importance sampling, "
         f"{exact:.3f} exactly ({seconds:.1f} s)"
@@ -162,6 +167,30 @@ def doctor() -> None:
     _console().print(table)
     if not passed:
         raise click.ClickException("the self-test failed: numbers from this installation cannot be trusted.")
+
+
+def _kept() -> str:
+    """What the disk cache of compiled densities holds, in words."""
+    from pyrometer.inference.native.toolchain import SIZE_LIMIT, cache_folder, entries
+
+    folder = cache_folder()
+    if folder is None:
+        return "not kept: no folder is this user's alone (PYROMETER_CACHE names one)"
+    kept = entries()
+    size = sum(entry.size for entry in kept)
+    return f"{len(kept)} densities, {size / 2**20:.1f} of {SIZE_LIMIT // 2**20} MB in {folder}"
+
+
+@main.command()
+@click.option("--clear", is_flag=True, help="Delete what is kept.")
+def cache(clear: bool) -> None:
+    """Show, or delete, the compiled densities kept on disk; a deleted one is compiled again when next used."""
+    if clear:
+        from pyrometer.inference.native.toolchain import clear as delete
+
+        count, size = delete()
+        click.echo(f"deleted {count} compiled densities, {size / 2**20:.1f} MB")
+    click.echo(_kept())
 
 
 @main.command()
@@ -181,16 +210,43 @@ def demo(seed: int, json_path: Path | None) -> None:
         problem, results = steps(seed, announce, announce.progress)
         found, ended = _collect(results)
     comparison = gather(problem, found, seed=seed, command=f"pyrometer demo --seed {seed}", complete=ended is None)
-    _deliver(comparison, json_path, ended)
+    _deliver(comparison, comparison.to_json, json_path, ended)
 
 
 @main.command()
-@click.option("--rounds", type=click.IntRange(min=3), default=15, show_default=True, help="Timed rounds of each case.")
-def speed(rounds: int) -> None:
-    """Time an SVI step against the same loss written by hand, and prior-weighted draws."""
-    from .speed import report
+@click.argument("cases", nargs=-1, metavar="[CASE ...]")
+@click.option("--tools", help="Names or beginnings, with commas between: pyrometer,numpyro. [default: all there are]")
+@click.option("--chains", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--draws", type=click.IntRange(min=4), default=1000, show_default=True, help="Of each chain.")
+@click.option("--warmup", type=click.IntRange(min=0), help="Of each chain. [default: each sampler's own]")
+@click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Processes for each tool.")
+@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs in each process.")
+@click.option("--limit", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds for a process.")
+@click.option("--cores", type=click.IntRange(min=1), default=2, show_default=True, help="That a process may use.")
+@seed_option
+@json_option
+def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path | None, **settings: int | None) -> None:
+    """Time Pyrometer and its peers on the same models: NUTS, steps of a VAE's fit, importance weights.
 
-    _console().print(report(rounds))
+    CASE is a name or the beginning of several, as in svi-step; without one all are run. Every measurement has a
+    process of its own, and tools take turns. Peers that are not installed are listed: pip install pyrometer[peers].
+    """
+    _check_writable(json_path)
+    from .speed.cases import chosen
+    from .speed.record import Plan
+    from .speed.results import Benchmark
+    from .speed.run import steps
+    from .speed.table import render
+
+    if seed < 0:
+        raise Mistake(f"--seed {seed}: expected a whole number from 0.")
+    plan = Plan(seed=seed, **settings)  # type: ignore[arg-type]
+    names, wanted = chosen(cases), tools.split(",") if tools else []
+    words = ["pyrometer", "speed", *cases, *(["--tools", tools] if tools else []), "--seed", str(seed)]
+    words += [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
+    measurements, ended = _collect(_watched(steps(names, wanted, plan)))
+    benchmark = Benchmark(plan, tuple(measurements), command=shlex.join(words), complete=ended is None)
+    _deliver(render(benchmark), benchmark.to_json, json_path, ended)
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -232,9 +288,24 @@ def _announcer() -> Iterator[Announcer]:
         yield Announcer(status)
 
 
-def _collect(steps: Iterator[Theta | Row]) -> tuple[list[Theta | Row], BaseException | None]:
+def _watched(steps: Iterator[Begun | Measurement]) -> Iterator[Measurement]:
+    """The measurements; on stderr a line for each, begun before it and ended with its state and seconds."""
+    from .speed.record import Measurement
+
+    console, start = _console(stderr=True), time.perf_counter()
+    for step in steps:
+        if isinstance(step, Measurement):
+            took = f": {step.state}, {time.perf_counter() - start:.1f} s"
+            console.print(Text(took, style="dim" if step.state == "done" else "red"))
+            yield step
+        else:
+            console.print(Text(str(step), style="dim"), end="")
+            start = time.perf_counter()
+
+
+def _collect(steps: Iterator[T]) -> tuple[list[T], BaseException | None]:
     """All that could be computed, and what ended it early: Ctrl-C or an error costs no row that was ready."""
-    found: list[Theta | Row] = []
+    found: list[T] = []
     try:
         found.extend(steps)
     except (KeyboardInterrupt, Exception) as ended:
@@ -242,12 +313,14 @@ def _collect(steps: Iterator[Theta | Row]) -> tuple[list[Theta | Row], BaseExcep
     return found, None
 
 
-def _deliver(comparison: Comparison, json_path: Path | None, ended: BaseException | None) -> None:
-    """Print and write the comparison, and then end as the run did."""
-    _console().print(comparison)
+def _deliver(
+    shown: RenderableType, to_json: Callable[[Path], Any], json_path: Path | None, ended: BaseException | None
+) -> None:
+    """Print and write what was found, and then end as the run did."""
+    _console().print(shown)
     if json_path is not None:
         try:
-            comparison.to_json(json_path)
+            to_json(json_path)
         except OSError as error:
             raise Mistake(f"--json {json_path}: {error.strerror or error}.") from error
     if ended is not None:

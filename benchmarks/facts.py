@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyrometer.inference import Problem
 
-PACKAGES = ("pyrometer", "torch", "pyro-ppl", "arviz", "numpy", "scikit-learn")
+PACKAGES = ("pyrometer", "torch", "pyro-ppl", "nutpie", "arviz", "numpy", "scikit-learn")
 
 
 def describe(problem: Problem) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -233,9 +234,31 @@ def test_doctor_fails_where_the_answer_is_wrong(monkeypatch):
     def wrong(*arguments, **more):
         posterior = real(*arguments, **more)
         evidence = posterior.log_evidence
+        if evidence is None:
+            return posterior
         return replace(posterior, log_evidence=Evidence(evidence.value + 0.1, evidence.std_error, "estimate"))
 
     monkeypatch.setattr(inference, "infer", wrong)
     done = run("doctor")
     assert done.exit_code == 1
     assert "FAILED" in done.output
+
+
+def test_the_cache_is_shown_and_cleared(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYROMETER_CACHE", str(tmp_path))
+    kept = tmp_path / "native" / "abc-def.so"
+    kept.parent.mkdir(mode=0o700)
+    kept.write_bytes(b"x" * 2**20)
+    assert "1 densities, 1.0 of 256 MB" in run("cache").output
+    assert kept.exists()
+    cleared = run("cache", "--clear").output
+    assert "deleted 1 compiled densities, 1.0 MB" in cleared
+    assert "0 densities, 0.0 of 256 MB" in cleared
+    assert not kept.exists()
+
+
+def test_doctor_says_how_densities_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("PYROMETER_CACHE", str(tmp_path))
+    output = " ".join(run("doctor").output.split())
+    assert "densities native (made in" in output
+    assert re.search(r"compiled code \d densities, 0\.\d of 256 MB in ", output)

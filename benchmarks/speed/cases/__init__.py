@@ -1,0 +1,45 @@
+"""What is timed: one file, one case. A file put into this folder is run by `pyrometer speed` and checked by the tests.
+
+`KIND` says what a case is. Its libraries are imported inside its functions, for a process loads one tool only.
+
+    'posterior'    NUTS, four chains; speed is effective draws per second
+        data() -> {name: array}          drawn with a fixed seed by numpy
+        problem(data)                    the model in plain Pyro, as a `Problem`
+        numpyro_model(data), pymc_model(data)       the same model as their users write it
+        SHAPES                           {latent: unconstrained shape}
+        constrain(u, xp) -> z, log |dz/du|          onto the supports, as Pyro maps them
+        log_joint(z, data, xp)           log p(x, z) by hand, in nats; xp is numpy or jax.numpy
+        identified(z)                    {name: array (C, S, ...)}: scalars with one meaning in every mode; of draws
+                                         (C, S, *event) of the latents in numpy
+    'svi'          steps of a VAE's fit; speed is steps per second
+        SIZE                             a `_vae.Size`
+    'importance'   prior draws weighted by the likelihood; speed is draws per second
+        data(), problem(data), NUM_DRAWS
+
+A case may have `truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
+and of their squares ('tau^2'), or the 'log evidence'.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from types import ModuleType
+
+from ..names import among
+
+
+def names() -> list[str]:
+    """Every case, in alphabetical order; nothing is imported."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
+
+
+def chosen(given: Iterable[str]) -> list[str]:
+    """The cases that these names or beginnings of names mean; all where none is given. Raises `ProblemError`."""
+    return among(given, names(), "case")
+
+
+def load(name: str) -> ModuleType:
+    """The module of a case."""
+    return importlib.import_module(f"{__name__}.{name.replace('-', '_')}")

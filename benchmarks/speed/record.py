@@ -1,0 +1,158 @@
+"""What passes between the parts of the benchmark: the plan, a tool's answers, one process's measurement."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run.
+
+    chains, draws  of every NUTS; `warmup` draws before them, None: each sampler's own default
+    rounds         processes for each case and tool; in the first, third .. caches on disk are empty, in the others
+                   they are those that the process before has left
+    repeats        timed answers in each process after its first; fewer once a process has run for `patience` seconds
+    limit          seconds after which a process is ended
+    cores          that a process may run on
+    """
+
+    chains: int = 4
+    draws: int = 1000
+    warmup: int | None = None
+    rounds: int = 4
+    repeats: int = 3
+    patience: float = 60.0
+    limit: float = 600.0
+    cores: int = 2
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Draws:
+    """NUTS draws by latent, (C, S, *event) and constrained; gradients with those of the warm-up, where they are known.
+
+    `seconds` is the sampler's own figure where it can leave out what the clock around the call cannot; so below.
+    """
+
+    values: Mapping[str, np.ndarray]
+    warmup: int
+    gradients: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """`count` steps of a fit, and the mean loss of the last hundred, in nats per datum."""
+
+    count: int
+    loss: float
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """`count` weighted draws, and the log evidence they give, in nats, with its standard error."""
+
+    count: int
+    log_evidence: float
+    std_error: float
+    seconds: float | None = None
+
+
+Answer = Draws | Steps | Weights
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its Monte Carlo standard error."""
+
+    value: float
+    error: float
+
+
+def together(parts: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
+    """The mean of independent runs' estimates."""
+    return {
+        name: Estimate(
+            sum(part[name].value for part in parts) / len(parts),
+            math.sqrt(sum(part[name].error ** 2 for part in parts)) / len(parts),
+        )
+        for name in parts[0]
+    }
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed answer: its seconds, and the work done in them (effective draws, steps or weighted draws)."""
+
+    seconds: float
+    work: float
+    gradients: int | None = None
+
+    @property
+    def rate(self) -> float:
+        return self.work / self.seconds
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one process of one tool on one case gave.
+
+    import_seconds  until the libraries were there
+    first           the first answer in the process: model built, compiled, sampled
+    called, warm    seconds of later answers, as `tools.Prepared` tells them apart
+    empty           whether the caches on disk were
+    estimates       of what all tools must agree on, from the warm answers
+    least_scalar    which has the fewest effective draws
+    load            of the machine when it began, as `uptime` tells it: others' work falls on all alike, or shows here
+    state, reason   'done', or why there is no answer: 'not installed', 'failed', 'timed out'
+    """
+
+    case: str
+    tool: str
+    precision: str
+    round: int = 0
+    empty: bool = True
+    import_seconds: float = 0.0
+    first: float = 0.0
+    called: tuple[float, ...] = ()
+    warm: tuple[Timing, ...] = ()
+    warmup: int | None = None
+    r_hat: float | None = None
+    least_scalar: str = ""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    load: float = 0.0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    state: str = "done"
+    reason: str = ""
+
+    @classmethod
+    def from_json(cls, read: Mapping[str, Any]) -> Measurement:
+        return cls(
+            **{
+                **read,
+                "called": tuple(read["called"]),
+                "warm": tuple(Timing(**timing) for timing in read["warm"]),
+                "estimates": {name: Estimate(**estimate) for name, estimate in read["estimates"].items()},
+            }
+        )
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What is measured next, and how far the whole is."""
+
+    case: str
+    tool: str
+    round: int
+    step: int
+    total: int
+
+    def __str__(self) -> str:
+        return f"{self.step}/{self.total}  {self.case}, round {self.round + 1}: {self.tool}"

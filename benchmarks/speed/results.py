@@ -1,0 +1,146 @@
+"""From measurements to rows: medians, minima, ratios, and whether the tools agree."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from . import cases
+from .agreement import Disagreement, disagreements
+from .record import Estimate, Measurement, Plan, together
+from .tools import OURS
+
+UNITS = {"posterior": "ESS/s", "svi": "steps/s", "importance": "draws/s"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tool on one case over all rounds; None where a figure is not to be had. Seconds, and work per second.
+
+    rate, best    work per second, median and largest; `ratio` is ours over this one's median
+    warm, least   seconds of the work alone, median and smallest
+    called        of a call as a user makes it again in one process, with what it compiles again
+    cold, cached  of the first call in a new process, with caches on disk empty or filled
+    work          effective draws, steps or weighted draws in one answer
+    """
+
+    tool: str
+    precision: str
+    state: str = "done"
+    reason: str = ""
+    rate: float | None = None
+    best: float | None = None
+    ratio: float | None = None
+    warm: float | None = None
+    least: float | None = None
+    called: float | None = None
+    cold: float | None = None
+    cached: float | None = None
+    import_seconds: float | None = None
+    gradient_rate: float | None = None
+    work: float | None = None
+    least_scalar: str = ""
+    r_hat: float | None = None
+    warmup: int | None = None
+    loss: float | None = None
+    disagreement: Disagreement | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """All measurements, and what is needed to make them again. `complete` is false where the run was ended early."""
+
+    plan: Plan
+    measurements: tuple[Measurement, ...]
+    command: str = ""
+    complete: bool = True
+
+    def cases(self) -> list[str]:
+        return list(dict.fromkeys(m.case for m in self.measurements))
+
+    def rows(self, case: str) -> list[Row]:
+        """Ours first, then the fastest peers; those without an answer last."""
+        found = rows_of(cases.load(case), [m for m in self.measurements if m.case == case])
+        return sorted(found, key=lambda row: (row.tool != OURS, -(row.rate or 0.0)))
+
+    def versions(self) -> dict[str, str]:
+        return {name: version for m in self.measurements for name, version in m.versions.items()}
+
+    def to_json(self, path: Path) -> None:
+        from ..facts import machine, plain, versions
+
+        record = {
+            "command": self.command,
+            "complete": self.complete,
+            "plan": asdict(self.plan),
+            "machine": machine(),
+            "versions": {**versions(), **self.versions()},
+            "cases": [
+                {"case": case, "unit": UNITS[cases.load(case).KIND], "rows": [asdict(row) for row in self.rows(case)]}
+                for case in self.cases()
+            ],
+            "measurements": [asdict(m) for m in self.measurements],
+        }
+        path.write_text(json.dumps(plain(record), indent=1) + "\n")
+
+
+def rows_of(case: ModuleType, measurements: Sequence[Measurement]) -> list[Row]:
+    """A row for each tool measured on this case."""
+    by_tool: dict[str, list[Measurement]] = {}
+    for measurement in measurements:
+        by_tool.setdefault(measurement.tool, []).append(measurement)
+    done = {tool: [m for m in group if m.state == "done"] for tool, group in by_tool.items()}
+    rates = {tool: _median(t.rate for m in group for t in m.warm) for tool, group in done.items()}
+    estimates = {tool: together([m.estimates for m in group]) for tool, group in done.items() if group}
+    is_fit = case.KIND == "svi"
+    truth = case.truth() if hasattr(case, "truth") else None
+    differing = {} if is_fit else disagreements(estimates, truth)
+    return [
+        _row(group, done[tool], rates[tool], rates.get(OURS), differing.get(tool), estimates.get(tool, {}))
+        for tool, group in by_tool.items()
+    ]
+
+
+def _row(
+    measurements: Sequence[Measurement],
+    done: Sequence[Measurement],
+    rate: float | None,
+    ours: float | None,
+    disagreement: Disagreement | None,
+    estimates: Mapping[str, Estimate],
+) -> Row:
+    last = measurements[-1]
+    if not done:
+        return Row(last.tool, last.precision, last.state, last.reason)
+    timings = [t for m in done for t in m.warm]
+    return Row(
+        last.tool,
+        last.precision,
+        last.state,  # a later round may have failed: its figures are shown, and so is that
+        last.reason,
+        rate=rate,
+        best=max(t.rate for t in timings),
+        ratio=ours / rate if ours and rate else None,
+        warm=_median(t.seconds for t in timings),
+        least=min(t.seconds for t in timings),
+        called=_median(seconds for m in done for seconds in m.called),
+        cold=_median(m.first for m in done if m.empty),
+        cached=_median(m.first for m in done if not m.empty),
+        import_seconds=_median(m.import_seconds for m in done),
+        gradient_rate=_median(t.gradients / t.seconds for t in timings if t.gradients),
+        work=_median(t.work for t in timings),
+        least_scalar=min(done, key=lambda m: min(t.work for t in m.warm)).least_scalar,
+        r_hat=max((m.r_hat for m in done if m.r_hat is not None), default=None),
+        warmup=done[0].warmup,
+        loss=estimates["loss"].value if "loss" in estimates else None,
+        disagreement=disagreement,
+    )
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None

@@ -1,0 +1,77 @@
+"""Ourselves, by the public calls alone."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from ..record import Draws, Plan, Steps, Weights
+from . import OURS, Prepared, Tool
+
+
+def nuts(case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import NUTS, infer
+
+    problem = case.problem(case.data())
+    warmup = {} if plan.warmup is None else {"warmup_steps": plan.warmup}
+    engine = NUTS(num_samples=plan.draws, num_chains=plan.chains, **warmup)
+
+    def called(seed: int) -> Draws:
+        posterior = infer(problem, engine, seed=seed)
+        if not posterior.status.done:
+            raise RuntimeError(str(posterior.status))
+        cost = posterior.cost
+        return Draws(
+            {name: posterior.draws[name].numpy() for name in case.SHAPES},
+            warmup=engine.warmup_steps,
+            gradients=round(cost.gradients),
+            seconds=cost.seconds - cost.compile_seconds,
+        )
+
+    return Prepared(called, called)
+
+
+def svi(case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import SVI, learn
+
+    from ..cases._vae import BATCH_SIZE, LEARNING_RATE
+
+    size = case.SIZE
+    problem = size.problem(size.data())
+    engine = SVI(num_steps=size.num_steps, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE, num_samples=2)
+
+    def called(seed: int) -> Steps:
+        fit = learn(problem, engine, seed=seed)
+        if not fit.status.done:
+            raise RuntimeError(str(fit.status))
+        trail = fit.trail
+        steps = float(trail.step[-1] - trail.step[0])  # the clock of the trail starts after tracing
+        return Steps(
+            size.num_steps,
+            loss=-float(trail.value[trail.step >= size.num_steps - 100].mean()) / size.num_data,
+            seconds=float(trail.seconds[-1] - trail.seconds[0]) / steps * size.num_steps,
+        )
+
+    return Prepared(called, called)
+
+
+def importance(case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import ImportanceSampling, infer
+
+    problem, engine = case.problem(case.data()), ImportanceSampling(proposal="prior", num_samples=case.NUM_DRAWS)
+
+    def called(seed: int) -> Weights:
+        posterior = infer(problem, engine, seed=seed)
+        if posterior.log_evidence is None:
+            raise RuntimeError(str(posterior.status))
+        return Weights(case.NUM_DRAWS, *posterior.log_evidence.total())
+
+    return Prepared(called, called)
+
+
+REQUIRES = {"pyrometer": "pyrometer.inference", "torch": "torch", "pyro-ppl": "pyro"}
+
+TOOLS = [
+    Tool(OURS, "posterior", REQUIRES, "float64", nuts),
+    Tool(OURS, "svi", REQUIRES, "float32", svi),
+    Tool(OURS, "importance", REQUIRES, "float64", importance),
+]

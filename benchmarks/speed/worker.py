@@ -1,0 +1,140 @@
+"""One tool on one case, alone in its process: `python -m pyrometer.benchmarks.speed.worker RESULT < JOB`, both JSON.
+
+The clock runs around the tool's calls only; figures about the answers are made afterwards.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import cases, tools
+from .record import Answer, Draws, Estimate, Measurement, Plan, Steps, Timing, Weights, together
+
+SEED_STRIDE = 1000  # some seed chain c with seed + c: seeds far apart share none
+
+
+def main() -> None:
+    job = json.loads(sys.stdin.read())
+    plan = Plan(**job.pop("plan"))
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: plan.cores])
+    Path(sys.argv[1]).write_text(json.dumps(asdict(measure(plan=plan, **job))))
+
+
+def measure(case: str, tool: str, round: int, empty: bool, plan: Plan) -> Measurement:
+    """The measurement of one process; whatever breaks in the tool becomes its reason."""
+    chosen_case = cases.load(case)
+    chosen = tools.find(tool, chosen_case.KIND)
+    blank = Measurement(case, tool, chosen.precision, round, empty, load=os.getloadavg()[0], versions=chosen.versions())
+    try:
+        return _measured(chosen_case, chosen, plan, blank)
+    except Exception as error:
+        return replace(blank, state="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _measured(case: Any, tool: tools.Tool, plan: Plan, blank: Measurement) -> Measurement:
+    clock = time.perf_counter
+    start = clock()
+    for module in tool.requires.values():
+        importlib.import_module(module)
+    import_seconds = clock() - start
+
+    seeds = iter(range(plan.seed + SEED_STRIDE * plan.repeats * 3 * blank.round, sys.maxsize, SEED_STRIDE))
+    begin = clock()
+
+    def repeated(run: Callable[[int], Answer]) -> list[tuple[float, Answer]]:
+        """Wall seconds and answer of each run: at least one, and none begun once patience has ended."""
+        done: list[tuple[float, Answer]] = []
+        while not done or (len(done) < plan.repeats and clock() - begin < plan.patience):
+            start = clock()
+            answer = run(next(seeds))
+            done.append((clock() - start, answer))
+        return done
+
+    prepared = tool.prepare(case, plan)
+    answer = prepared.called(next(seeds))
+    first = clock() - begin
+    if not tool.compiles and first > plan.patience:
+        called = warm = [(first, answer)]
+    else:
+        called = repeated(prepared.called)
+        warm = called
+        if prepared.warm is not prepared.called:
+            prepared.warm(next(seeds))  # compiles
+            warm = repeated(prepared.warm)
+
+    answers = [answer for _, answer in warm]
+    found = [judged(case, answer) for answer in answers]
+    least = min(found, key=lambda f: f.work)
+    return replace(
+        blank,
+        import_seconds=import_seconds,
+        first=first,
+        called=tuple(seconds for seconds, _ in called),
+        warm=tuple(
+            Timing(answer.seconds or seconds, judgement.work, getattr(answer, "gradients", None))
+            for (seconds, answer), judgement in zip(warm, found, strict=True)
+        ),
+        warmup=getattr(answers[0], "warmup", None),
+        r_hat=max((f.r_hat for f in found if f.r_hat is not None), default=None),
+        least_scalar=least.least_scalar,
+        estimates=together([f.estimates for f in found]),
+    )
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """The work in one answer, the scalar that sets it, R-hat, and the estimates that all tools must agree on."""
+
+    work: float
+    estimates: Mapping[str, Estimate]
+    least_scalar: str = ""
+    r_hat: float | None = None
+
+
+def judged(case: Any, answer: Answer) -> Judgement:
+    """Raises ValueError where the answer is no answer: draws that are not finite, a chain that never moves."""
+    if isinstance(answer, Steps):
+        return Judgement(answer.count, {"loss": Estimate(answer.loss, 0.0)})
+    if isinstance(answer, Weights):
+        return Judgement(answer.count, {"log evidence": Estimate(answer.log_evidence, answer.std_error)})
+    return _judged_draws(case, answer)
+
+
+def _judged_draws(case: Any, answer: Draws) -> Judgement:
+    """Smallest bulk ESS and largest R-hat over the identified scalars; means of them and of their squares."""
+    import torch
+
+    from pyrometer.inference import interop
+
+    names, columns = [], []
+    for name, values in case.identified({n: np.asarray(v, dtype=float) for n, v in answer.values.items()}).items():
+        flat = values.reshape(*values.shape[:2], -1)
+        names += [name] if values.ndim == 2 else [f"{name}[{k}]" for k in range(flat.shape[2])]
+        columns.append(flat)
+    draws = torch.from_numpy(np.concatenate(columns, -1))  # (C, S, K)
+    ess = interop.ess(draws).numpy()
+    if not np.isfinite(ess).all():
+        broken = names[int(np.argmin(np.isfinite(ess)))]
+        raise ValueError(f"{broken} has no effective draws: they are not finite, or a chain never moves.")
+    estimates: dict[str, Estimate] = {}
+    for suffix, values in (("", draws), ("^2", draws.square())):
+        means, errors = values.mean((0, 1)).tolist(), interop.mcse(values).tolist()
+        estimates |= {n + suffix: Estimate(m, e) for n, m, e in zip(names, means, errors, strict=True)}
+    r_hat = interop.rhat(draws).max().item()
+    return Judgement(float(ess.min()), estimates, names[int(ess.argmin())], r_hat if math.isfinite(r_hat) else None)
+
+
+if __name__ == "__main__":
+    main()
