@@ -237,7 +237,10 @@ def _draws_apart(traced: Traced) -> list[Callable[[], Tensor]]:
 
 def _without_writes(graph: torch.fx.Graph) -> str:
     """Rewrite operations that write to their argument as ones that return the result; the name of one that could not
-    be, since something else still reads that memory."""
+    be, since something else still reads that memory. Raises `UnsupportedError` where it is memory that outlives the
+    call."""
+    from .native.lower import UnsupportedError
+
     left = ""
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
@@ -247,7 +250,10 @@ def _without_writes(graph: torch.fx.Graph) -> str:
         name, source = schema.name.removeprefix("aten::"), node.args[0]
         pure, overload = PURE.get(name, (name.rstrip("_"), node.target._overloadname))
         twin = getattr(getattr(torch.ops.aten, pure, None), overload, None)
-        others = _aliases(source) - {node, source}
+        aliases = _aliases(source)
+        if any(alias.op in ("get_attr", "placeholder") for alias in aliases):
+            raise UnsupportedError(f"{name} writes to memory that outlives the call")
+        others = aliases - {node, source}
         if twin is None or any(place[user] > place[node] for other in others for user in other.users):
             left = left or name
             continue

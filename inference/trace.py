@@ -89,11 +89,11 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in self.decompositions:
-            with self:
-                result = self.decompositions[func](*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        with self:
+            write = self.decompositions.get(func, func.decompose)  # torch's own where it is made of others
+            result = write(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         tensors = [r for r in _flat(result) if isinstance(r, Tensor)]
         node_args, node_kwargs = tree_map(self.node, args), tree_map(self.node, kwargs)

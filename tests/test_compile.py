@@ -487,3 +487,31 @@ def test_a_compiled_density_follows_the_minibatch(backend):
                 for a, b in zip(found, density.value_and_grad(u), strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
         assert len(density._compiled) == 2
+
+
+COMPOSED = {
+    "log_softmax": lambda x: torch.log_softmax(x, -1).mul(x).sum(),
+    "softmax": lambda x: torch.softmax(x, 0).square().sum(),
+    "logsumexp": lambda x: torch.logsumexp(x, 1).exp().sum(),
+    "gelu": lambda x: torch.nn.functional.gelu(x).sum(),
+    "var": lambda x: x.var(1, correction=0).log().sum(),
+    "std": lambda x: x.std(0).log().sum(),
+    "norm": lambda x: x.norm(dim=1).log().sum(),
+}
+
+
+@pytest.mark.parametrize("name", COMPOSED)
+def test_operations_that_torch_writes_by_others_become_machine_code(name):
+    def function(x):
+        x = x.detach().requires_grad_(True)
+        with torch.enable_grad():
+            value = COMPOSED[name](x)
+            (gradient,) = torch.autograd.grad(value, x)
+        return value.detach(), gradient
+
+    torch.manual_seed(0)
+    examples = [(torch.rand(7, 4, dtype=F64),), (torch.rand(7, 4, dtype=F64),)]
+    run = compiled(function, examples, [])
+    assert (run.backend, run.why) == ("native", "")
+    for a, b in zip(run(examples[1][0]), function(examples[1][0]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)

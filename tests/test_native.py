@@ -194,7 +194,7 @@ def arity(name: str) -> int:
 def call(name: str) -> Callable[..., Tensor]:
     """The operation as a function of its tensors."""
     if name == "threshold_backward":
-        return lambda x, y: overload(name)(x, y, 0.3)
+        return lambda x, y: overload(name)(x, y, 0.5)
     if name == "log_sigmoid_forward":
         return lambda x: overload(name)(x)[0]
     if name == "log_sigmoid_backward":
@@ -483,6 +483,18 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (lambda x: (x.masked_fill(x > 0, 1.5), x.masked_fill(x[:, :1] > 0, -INF)), M),
         (lambda x, v: x.masked_fill(x > 0, v[0]), M, V),
     ],
+    "gelu": [(functional.gelu, V), (functional.gelu, M)],
+    "gelu_backward": [(lambda x, g: aten.gelu_backward(g, x), M, M)],
+    "var": [
+        (lambda x: aten.var.correction(x), M),
+        (lambda x: aten.var.correction(x, [1], correction=0, keepdim=True), M),
+        (lambda x: aten.var.correction(x, [0, 1], correction=2), M),
+    ],
+    "std": [(lambda x: aten.std.correction(x, [0]), M)],
+    "linalg_vector_norm": [
+        (lambda x: aten.linalg_vector_norm(x), M),
+        (lambda x: aten.linalg_vector_norm(x, 2, [1], True), M),
+    ],
     "softplus": [
         (lambda x: (functional.softplus(x), functional.softplus(x, 2.0, 3.0)), within(-30, 30, 85)),
         (lambda x: functional.softplus(x), exactly(SPECIAL)),
@@ -586,6 +598,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (lambda x: (x[PICKS[0], PICKS[2]], x[PICKS[3], PICKS[3][:, :1]], x[PICKS[0]][:, PICKS[1]], x[PICKS[3], 2]), M),
         (lambda x, i: (x[i], x[:, i], x[i, i], x[i][:, None]), real(6, 6), places),
         (lambda x, i: (x[i, :, i], x[:, i], x[:, i, i], x[i, None]), real(6, 6, 6), places),
+        (lambda x, i: (x[:, i, :, i], x[:, i, :, i[:1]]), real(2, 6, 3, 6), places),
         (lambda x: (x[torch.arange(6)], x[torch.arange(4, -1, -1)], x[torch.arange(0, 6, 2)[:, None], PICKS[1]]), M),
         (lambda x, i: x[i + 1, 6 - i], real(9, 7), whole(5, low=0, high=6)),
         (lambda x, i: (torch.ones_like(x)[i], x.flip(0)[i], x.t()[:, i], x[:, :1].expand(6, 3)[i]), M, places),
@@ -816,12 +829,21 @@ def test_a_matrix_that_is_not_positive_definite_raises_what_the_program_raises()
 
 
 def test_an_index_out_of_range_raises_what_the_program_raises():
-    made = native(lambda x, i: (x[i],), (torch.randn(5, dtype=F64), torch.tensor([0, 4])))
+    """And one from the end is no fault: the program does not run for it."""
+    runs = []
+
+    def function(x, i):
+        runs.append(1)
+        return (x[i],)
+
+    made = native(function, (torch.randn(5, dtype=F64), torch.tensor([0, 4])))
     x = torch.randn(5, dtype=F64)
     for wrong in (5, -6, 2**40):
         with pytest.raises(IndexError):
             made(x, torch.tensor([0, wrong]))
+    runs.clear()
     assert torch.equal(made(x, torch.tensor([-5, 4]))[0], x[[0, 4]])
+    assert runs == []
 
 
 @pytest.mark.parametrize("rows", [2, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 33])

@@ -263,6 +263,7 @@ def test_nuts_draws_in_the_shapes_that_are_asked_for(name):
     assert (answer.values["tau"] > 0).all()
     assert answer.warmup == 5
     assert answer.gradients >= 2 * 11
+    assert answer.note.startswith("its density ran as") is (name == tools.OURS)
 
 
 def test_fits_by_hand_start_from_the_weights_of_the_problem():
@@ -323,7 +324,7 @@ class Clockwork:
             rng = np.random.default_rng(seed)
             shape = (plan.chains, plan.draws)
             values = self.values or {n: np.exp(rng.normal(size=(*shape, *s))) for n, s in case.SHAPES.items()}
-            return Draws(values, warmup=7, gradients=900, seconds=self.seconds)
+            return Draws(values, warmup=7, gradients=900, seconds=self.seconds, note="by clockwork")
 
         called = lambda seed: answer("called", seed)  # noqa: E731
         return Prepared(called, (lambda seed: answer("warm", seed)) if self.has_warm else called)
@@ -342,7 +343,7 @@ def test_a_process_times_the_first_call_then_called_then_warm(monkeypatch):
     assert clockwork.order == ["called"] * 3 + ["warm"] * 3
     assert (len(found.called), len(found.warm)) == (2, 2)
     assert found.first > 0
-    assert (found.round, found.empty, found.warmup) == (1, False, 7)
+    assert (found.round, found.empty, found.warmup, found.note) == (1, False, 7, "by clockwork")
     assert found.versions == {"numpy": np.__version__}
     gaps = np.diff(sorted(clockwork.seeds))
     assert (gaps >= 1000).all()
@@ -547,6 +548,7 @@ def measurement(tool, turn, seconds, work=100.0, mean=1.0, error=0.1, **changes)
         warmup=500,
         r_hat=1.001,
         estimates={"beta[0]": Estimate(mean, error)},
+        note="runs on rails" if tool == "peer" else "",
         load=0.25 + turn,
         versions={"lib-" + tool: "1.2"},
         **changes,
@@ -601,6 +603,7 @@ def test_the_table_says_it_all_in_120_columns():
     assert "the best peer (peer) 12.5: 4.00 times as fast" in text  # not the wrong one, fast as it is
     assert "the best in float64" not in text  # only the wrong one is
     assert "warm-up draws of each chain: 500 (pyrometer, wrong, peer)" in text
+    assert "peer: runs on rails" in text
     assert "load of the machine 0.2 to 1.2" in text
     assert "lib-peer 1.2" in text
 

@@ -37,13 +37,15 @@ class Plan:
 class Draws:
     """NUTS draws by latent, (C, S, *event) and constrained; gradients with those of the warm-up, where they are known.
 
-    `seconds` is the sampler's own figure where it can leave out what the clock around the call cannot; so below.
+    `seconds` is the sampler's own figure where it can leave out what the clock around the call cannot; `note` says how
+    it ran, where that is not always the same. So below.
     """
 
     values: Mapping[str, np.ndarray]
     warmup: int
     gradients: int | None = None
     seconds: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Steps:
     count: int
     loss: float
     seconds: float | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,7 @@ class Weights:
     log_evidence: float
     std_error: float
     seconds: float | None = None
+    note: str = ""
 
 
 Answer = Draws | Steps | Weights
@@ -126,6 +130,7 @@ class Measurement:
     warmup: int | None = None
     r_hat: float | None = None
     least_scalar: str = ""
+    note: str = ""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     load: float = 0.0
     versions: Mapping[str, str] = field(default_factory=dict)

@@ -47,6 +47,7 @@ class Row:
     r_hat: float | None = None
     warmup: int | None = None
     loss: float | None = None
+    note: str = ""
     disagreement: Disagreement | None = None
 
 
@@ -137,6 +138,7 @@ def _row(
         r_hat=max((m.r_hat for m in done if m.r_hat is not None), default=None),
         warmup=done[0].warmup,
         loss=estimates["loss"].value if "loss" in estimates else None,
+        note=done[-1].note,
         disagreement=disagreement,
     )
 

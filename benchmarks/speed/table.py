@@ -55,6 +55,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
         MEANING[module.KIND].format(to=to, count=f"{count:,.0f}"),
         *_warmups(rows),
         *_imports(rows),
+        *_notes(rows),
         *_verdict(rows, module.KIND),
     ]
     return [
@@ -103,6 +104,10 @@ def _warmups(rows: Sequence[Row]) -> list[str]:
 def _imports(rows: Sequence[Row]) -> list[str]:
     said = [f"{row.tool} {_number(row.import_seconds)}" for row in rows if row.import_seconds is not None]
     return [f"seconds to import: {', '.join(said)}"] if said else []
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    return [f"{row.tool}: {row.note}" for row in rows if row.note]
 
 
 def _verdict(rows: Sequence[Row], kind: str) -> list[str]:

@@ -89,6 +89,7 @@ def _measured(case: Any, tool: tools.Tool, plan: Plan, blank: Measurement) -> Me
         warmup=getattr(answers[0], "warmup", None),
         r_hat=max((f.r_hat for f in found if f.r_hat is not None), default=None),
         least_scalar=least.least_scalar,
+        note=answers[-1].note,
         estimates=together([f.estimates for f in found]),
     )
 

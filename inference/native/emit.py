@@ -275,7 +275,9 @@ class _Writer:
         args = []
         for i, arg in enumerate(expr.args):
             text = self._expr(arg, computed, inner)
-            if isinstance(arg, Apply):  # a template may name an argument twice
+            # a template may name an argument twice; and what it reads in one branch only, GCC 12 with AVX-512 reads
+            # wrongly where memory runs backwards
+            if isinstance(arg, Apply) or (isinstance(arg, Access) and "?" in expr.template and arg not in computed):
                 name = self._name()
                 inner.append(f"const {_working(arg.dtype)} {name} = {text};")
                 text = name

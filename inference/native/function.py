@@ -23,7 +23,10 @@ def decompositions() -> dict[Any, Any]:
     """How torch writes an operation that has no lowering here by ones that have."""
     import torch._decomp
 
-    table = torch._decomp.core_aten_decompositions()
+    table = dict(torch._decomp.core_aten_decompositions().items())
+    for op, written in torch._decomp.decomposition_table.items():
+        if written.__module__ == "torch._decomp.decompositions":  # by ATen itself; others are by primitives
+            table.setdefault(op, written)
     return {op: f for op, f in table.items() if isinstance(op, torch._ops.OpOverload) and not _is_lowered(op)}
 
 
@@ -58,7 +61,7 @@ class NativeFunction:
         floats = [w.dtype for w in (*program.arguments, *program.results)]
         self._samples = len(program.arguments) == 1 and floats == [torch.float64] * 3
         self._outputs = [(w.shape, w.dtype) for w in program.results]
-        self._constants = program.constants
+        self._constants, self._buffers = program.constants, program.fixed
         identities = {id(t) for t in moving}
         self._moving = [(i, t) for i, t in enumerate(program.constants) if id(t) in identities]
         addresses = [t.data_ptr() for t in program.constants] + [routine(name) for name in routines]
@@ -67,10 +70,9 @@ class NativeFunction:
         self._results = ctypes.c_void_p * max(1, len(self._outputs))
 
     def __call__(self, *args: Tensor) -> tuple[Tensor, ...]:
-        inputs = [
-            a if a.dtype == dtype and a.is_contiguous() else a.to(dtype).contiguous()
-            for a, (_, dtype) in zip(args, self._inputs, strict=True)
-        ]
+        if [(a.shape, a.dtype) for a in args] != self._inputs:
+            raise FaultError("an argument of another shape or type")
+        inputs = [a.contiguous() for a in args]
         outputs = tuple(torch.empty(shape, dtype=dtype) for shape, dtype in self._outputs)
         self.refresh()
         fault = self._call(
@@ -86,8 +88,11 @@ class NativeFunction:
         return self._outputs == outputs and all(t.is_contiguous() for t in parameters)
 
     def refresh(self) -> None:
-        """Read parameters where they are now."""
+        """Read parameters where they are now. Raises `FaultError` where one is not the array that it was."""
         for index, tensor in self._moving:
+            buffer = self._buffers[index]
+            if tensor.dtype != buffer.dtype or tensor.numel() != buffer.size or not tensor.is_contiguous():
+                raise FaultError(f"a parameter is now {tuple(tensor.shape)} of {tensor.dtype}")
             self._fixed[index] = tensor.data_ptr()
 
     def pointer(self) -> tuple[int, int] | None:

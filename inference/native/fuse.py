@@ -105,7 +105,7 @@ class _Schedule:
             for place in self.writers.get(access.buffer, ()):
                 here = (place, access) in self.stores
                 earliest = max(earliest, place if here else place + 1)
-        if loop.adds:  # after all that prepared or read the memory
+        if loop.adds or loop.over_base:  # after all that prepared or read the memory
             target = loop.target.buffer
             earliest = max([earliest, self.readers.get(target, -1) + 1, *[p + 1 for p in self.writers.get(target, ())]])
         alone = bool(loop.target.indirect)

@@ -108,7 +108,8 @@ Expr = Access | Literal | Counter | Apply
 
 @dataclass(frozen=True)
 class Loop:
-    """target = expr at every point; with `reduce`, combined over the loops in `over`. `adds`: += into what is there."""
+    """target = expr at every point; with `reduce`, combined over the loops in `over`. `adds`: += into what is there.
+    `over_base`: writes where other loops have written before, and so runs after them."""
 
     sizes: tuple[int, ...]
     expr: Expr
@@ -116,6 +117,7 @@ class Loop:
     reduce: str = ""
     over: frozenset[int] = frozenset()
     adds: bool = False
+    over_base: bool = False
 
     def accesses(self) -> list[Access]:
         """Everything read."""

@@ -139,7 +139,8 @@ class Lowering:
         index = len(self.fixed)
         buffer = Buffer(f"c{index}", "fixed", _known(tensor.dtype), tensor.numel(), index)
         self.fixed.append(buffer)
-        self.constants.append(tensor)
+        # a constant stays what it is now, whoever else lets go of its memory
+        self.constants.append(tensor if id(tensor) in self.moving else tensor.detach())
         if id(tensor) not in self.moving and not tensor.is_floating_point():
             self.known[buffer] = tensor.detach().flatten().clone()  # with a storage of its own, to be strided
         return Window(buffer, tuple(tensor.shape), dense(tuple(tensor.shape)))
@@ -180,11 +181,12 @@ class Lowering:
                 over = frozenset(o - (o > position) for o in over if o != position)
                 sizes = sizes[:position] + sizes[position + 1 :]
         reduce = loop.reduce if over else ""
-        self.steps.append(Loop(sizes, expr, target, reduce, over, loop.adds))
+        self.steps.append(Loop(sizes, expr, target, reduce, over, loop.adds, loop.over_base))
 
-    def store(self, target: Window, value: Value) -> None:
+    def store(self, target: Window, value: Value, over_base: bool = False) -> None:
         expr = self.read(value, target.shape, target.dtype)
-        self.add(Loop(target.shape, expr, Access(target.buffer, target.offset, target.strides)))
+        place = Access(target.buffer, target.offset, target.strides)
+        self.add(Loop(target.shape, expr, place, over_base=over_base))
 
     def compute(self, shape: Sequence[int], expr: Expr, dtype: torch.dtype) -> Window:
         """A new tensor with this expression at every point; the same expression again is the same tensor."""

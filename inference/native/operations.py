@@ -138,6 +138,21 @@ def _cross_entropy(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     return lower.apply(template, (a["self"], a["target"]), out.dtype, out.dtype)
 
 
+@lowers("gelu")
+def _gelu(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    if a["approximate"] != "none":
+        raise UnsupportedError("gelu by tanh")
+    return lower.apply("{0} * (1 + @erf({0} * 0.70710678118654752)) / 2", (a["self"],), out.dtype, out.dtype)
+
+
+@lowers("gelu_backward")
+def _gelu_backward(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    if a["approximate"] != "none":
+        raise UnsupportedError("gelu by tanh")
+    slope = "(1 + @erf({1} * 0.70710678118654752)) / 2 + {1} * @exp(-{1} * {1} / 2) * 0.39894228040143268"
+    return lower.apply(f"{{0}} * ({slope})", (a["grad_output"], a["self"]), out.dtype, out.dtype)
+
+
 @lowers("softplus")
 def _softplus(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     template = "({0} * {1} > {2} ? {0} : @log1p(@exp({0} * {1})) / {1})"
@@ -234,6 +249,33 @@ def _mean(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     total = _reduction(lower, "sum", lower.cast(a["self"], out.dtype), dims, out)
     count = math.prod(a["self"].shape[d] for d in dims)
     return lower.apply("{0} / {1}", (total, count), out.dtype, out.dtype)
+
+
+def _variance(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    if "unbiased" in a:
+        raise UnsupportedError("var by its older signature")
+    value, dims = a["self"], _dims(a.get("dim"), len(a["self"].shape))
+    count = math.prod(value.shape[d] for d in dims)
+    like = torch.empty([1 if d in dims else n for d, n in enumerate(value.shape)], dtype=out.dtype, device="meta")
+    mean = lower.apply("{0} / {1}", (_reduction(lower, "sum", value, dims, like), count), out.dtype, out.dtype)
+    away = lower.apply("({0} - {1}) * ({0} - {1})", (value, mean), out.dtype, out.dtype)
+    total = _reduction(lower, "sum", away, dims, out)
+    correction = 1 if a.get("correction") is None else a["correction"]
+    return lower.apply("{0} / {1}", (total, max(count - correction, 0)), out.dtype, out.dtype)
+
+
+lowers("var")(_variance)
+lowers("std")(lambda lower, a, out: lower.apply("@sqrt({0})", (_variance(lower, a, out),), out.dtype, out.dtype))
+
+
+@lowers("linalg_vector_norm")
+def _vector_norm(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    if a["ord"] != 2:
+        raise UnsupportedError(f"a norm of order {a['ord']}")
+    value = lower.cast(a["self"], out.dtype)
+    squares = lower.apply("{0} * {0}", (value,), out.dtype, out.dtype)
+    total = _reduction(lower, "sum", squares, _dims(a.get("dim"), len(value.shape)), out)
+    return lower.apply("@sqrt({0})", (total,), out.dtype, out.dtype)
 
 
 def _extremes(kind: str) -> Any:
@@ -358,7 +400,7 @@ def _onto(lower: Lowering, base: Value, out: Tensor, parts: list[tuple[Window, V
     else:
         lower.store(target, base)
     for window, part in parts:
-        lower.store(window, part)
+        lower.store(window, part, over_base=step != 1)
     return target
 
 
@@ -384,7 +426,7 @@ def _diagonal_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     lower.store(target, a["self"])
     like = torch.empty(out.shape, device="meta").diagonal(a["offset"], a["dim1"], a["dim2"])
     part = Window(target.buffer, tuple(like.shape), tuple(like.stride()), int(like.storage_offset()))
-    lower.store(part, a["src"])
+    lower.store(part, a["src"], over_base=True)
     return target
 
 
@@ -512,7 +554,7 @@ def _added(lower: Lowering, base: Value, access_of: Any, values: Any, shape: tup
     target = lower._scratch(out.shape, out.dtype)
     lower.store(target, base)
     expr = lower.read(values, shape, out.dtype)
-    lower.add(Loop(shape, expr, access_of(target), adds=accumulate))
+    lower.add(Loop(shape, expr, access_of(target), adds=accumulate, over_base=True))
     return target
 
 

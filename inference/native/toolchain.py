@@ -28,6 +28,7 @@ FLAGS = [
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-w", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast"),
     *("-fno-tree-pre", "-fno-tree-loop-distribution"),  # these take minutes on a loop of 200 statements
+    "-fno-tree-sink",  # it makes reads conditional, which GCC 12 then vectorises wrongly
 ]
 WIDE = ["-mprefer-vector-width=512"]
 VECTOR = ["-DVECTOR_MATH", "-Wl,--no-undefined", "-Wl,--no-as-needed", "-lmvec"]

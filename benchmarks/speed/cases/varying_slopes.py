@@ -1,4 +1,4 @@
-"""Varying intercepts and slopes, non-centred and uncorrelated: 175 latents, 919 rows in 85 groups of unequal size.
+"""Varying intercepts and slopes, non-centred and uncorrelated: 175 latents, 919 rows in 85 groups.
 
     m_a, m_b ~ N(0, 5),  s_a, s_b, noise ~ HalfNormal(1),  a_g, b_g ~ N(0, 1)
     y_n ~ N(m_a + s_a a_g(n) + (m_b + s_b b_g(n)) x_n, noise)

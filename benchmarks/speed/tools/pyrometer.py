@@ -25,6 +25,7 @@ def nuts(case: ModuleType, plan: Plan) -> Prepared:
             warmup=engine.warmup_steps,
             gradients=round(cost.gradients),
             seconds=cost.seconds - cost.compile_seconds,
+            note=f"its density ran as {cost.backend} code",
         )
 
     return Prepared(called, called)
@@ -49,6 +50,7 @@ def svi(case: ModuleType, plan: Plan) -> Prepared:
             size.num_steps,
             loss=-float(trail.value[trail.step >= size.num_steps - 100].mean()) / size.num_data,
             seconds=float(trail.seconds[-1] - trail.seconds[0]) / steps * size.num_steps,
+            note=f"its step ran as {fit.cost.backend} code",
         )
 
     return Prepared(called, called)
