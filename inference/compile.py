@@ -28,13 +28,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from .problem import ProblemError
-from .trace import Traced, TraceError, trace
+from .trace import TooLongError, Traced, TraceError, trace
 
 if TYPE_CHECKING:
     from .native.function import NativeFunction, Trainer
 
 Function = Callable[..., tuple[Tensor, ...]]
-LARGEST_GRAPH = 30_000  # operations; a C compiler takes a second for a few thousand
+LARGEST_NATIVE = 30_000  # operations; a C compiler takes a second for a few thousand
+LARGEST_GRAPH = 60_000  # what is longer runs as it is: a graph of it gains little, and takes a minute
 BACKENDS = ("auto", "native", "graph", "eager", "inductor")
 
 
@@ -121,7 +122,9 @@ def compiled(
     run, why = traced(function, examples, moving)
     name = "graph" if run is not function else "eager"
     if backend == "inductor" and name == "graph":
-        faster = _without_gradients(torch.compile(_trace(function, examples, moving).module(), dynamic=False))
+        faster = _without_gradients(
+            torch.compile(_trace(function, examples, moving, LARGEST_GRAPH).module(), dynamic=False)
+        )
         if _agrees(function, faster, examples, moving):
             run, name = faster, "inductor"
         else:
@@ -138,7 +141,7 @@ def traced(function: Function, examples: list[tuple[Tensor, ...]], moving: list[
     """The function as a graph that agrees with it, and ''; or the function itself, and why. Arguments as in
     `compiled`."""
     try:
-        run = _without_gradients(_trace(function, examples, moving).module().forward)
+        run = _without_gradients(_trace(function, examples, moving, LARGEST_GRAPH).module().forward)
     except Exception as error:
         return function, f"not traced: {_first_line(error)}"
     if not _agrees(function, run, examples, moving):
@@ -154,9 +157,9 @@ def _without_gradients(function: Function) -> Function:
     return run
 
 
-def _trace(function: Function, examples: list[tuple[Tensor, ...]], moving: list[Tensor]) -> Traced:
+def _trace(function: Function, examples: list[tuple[Tensor, ...]], moving: list[Tensor], limit: int) -> Traced:
     with _own_randomness(examples):
-        traced = trace(function, examples[0], moving)
+        traced = trace(function, examples[0], moving, limit=limit)
         _fold_constants(traced, moving)
     return traced
 
@@ -187,9 +190,7 @@ def _native(function: Function, examples: list[tuple[Tensor, ...]], moving: list
     if any(t.device.type != "cpu" for t in [*examples[0], *moving]):
         return None, "not compiled: native code runs on the CPU only"
     try:
-        graph = _trace(function, examples, moving)
-        if len(graph.graph.nodes) > LARGEST_GRAPH:
-            return None, f"not compiled: {len(graph.graph.nodes)} operations, as of a long loop, take too long"
+        graph = _trace(function, examples, moving, limit=LARGEST_NATIVE)
         entangled = _without_writes(graph.graph)
         with _own_randomness(examples):
             _fold_constants(graph, moving)
@@ -204,6 +205,8 @@ def _native(function: Function, examples: list[tuple[Tensor, ...]], moving: list
         if fault := _without_writes(graph.graph):
             return None, f"not compiled: {fault} writes to memory that others read"
         native = _Native(function, NativeFunction(graph, moving), draws)
+    except TooLongError as error:
+        return None, f"not compiled: {error}"
     except TraceError:
         return None, ""  # said where the graph is made
     except (UnsupportedError, CompileError) as error:

@@ -156,7 +156,7 @@ def _each(statistic: Callable[[np.ndarray], Any], draws: Tensor) -> Tensor:
         judged = np.isfinite(columns).all((0, 1)) & (columns != columns[:, :1]).any(1).all(0)
         with np.errstate(all="ignore"):  # chains of constant halves divide by zero: infinite R-hat, and rightly so
             for j in np.flatnonzero(judged):
-                result[j] = statistic(columns[:, :, j])
+                result[j] = np.asarray(statistic(columns[:, :, j])).item()  # an array of one where numba is installed
     return torch.from_numpy(result.reshape(values.shape[2:]))
 
 

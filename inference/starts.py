@@ -28,6 +28,8 @@ def starts(density: Density, run: Run, num_chains: int, initial: Mapping[str, An
     Raises `ProblemError` for initial values that cannot be used, `EngineError` where the prior has no usable draw.
     """
     given = read_initial(density, initial or {}, num_chains)
+    if not given and tries >= CHOICE and (u := _together(density, run, num_chains)) is not None:
+        return u
     points = []
     for chain in range(num_chains):
         seed_all(run.child(chain).seed)
@@ -36,12 +38,27 @@ def starts(density: Density, run: Run, num_chains: int, initial: Mapping[str, An
     return torch.stack(points)
 
 
+def _together(density: Density, run: Run, num_chains: int) -> Tensor | None:
+    """The starts of all chains from one set of draws; None where one of them cannot be used."""
+    seed_all(run.child(num_chains).seed)
+    u, score = _candidates(density, {}, CHOICE * num_chains, 0)
+    u, score = (t.reshape(CHOICE, num_chains, *t.shape[1:]) for t in (u, score))
+    points = _best(u, score)
+    value, gradient = density.value_and_grad(points)
+    return points if bool(value.isfinite().all()) and bool(gradient.isfinite().all()) else None
+
+
+def _best(u: Tensor, score: Tensor) -> Tensor:
+    """Of points (n, ..., D) with scores (n, ...) the best, (..., D)."""
+    at = score.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
+    return u.gather(0, at[None, ..., None].expand(1, *u.shape[1:]))[0]
+
+
 def _start(density: Density, given: Mapping[str, Tensor], tries: int, chain: int) -> Tensor:
     fixed = set(given) == set(density.continuous)
     for attempt in range(0, 1 if fixed else tries, CHOICE):
         u, score = _candidates(density, given, 1 if fixed else min(CHOICE, tries - attempt), attempt)
-        best = score.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)  # (*batch)
-        u = u.gather(0, best[None, ..., None].expand(1, *u.shape[1:]))[0]
+        u = _best(u, score)
         if given:
             _check_support(density, u, given, chain)
         value, gradient = density.value_and_grad(u)

@@ -7,6 +7,7 @@ real, so that nothing has to be simulated, and recording costs little more than 
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,15 +55,17 @@ def trace(
     args: Sequence[Tensor],
     moving: Sequence[Tensor] = (),
     decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    limit: int | None = None,
 ) -> Traced:
     """The operations that function(*args) runs, as a graph of the same arguments and results.
 
     moving          tensors that the function reads and that change between calls; all others it reads are constants
     decompositions  operation -> how to write it by others
+    limit           how many operations are too many: `TooLongError`
     Every node has a tensor without memory in `meta["val"]`. Raises `TraceError` where a value that depends on the
     arguments decides what runs.
     """
-    recorder = _Recorder(moving, decompositions or {})
+    recorder = _Recorder(moving, decompositions or {}, limit)
     inputs = [a.detach().clone() for a in args]
     for i, a in enumerate(inputs):
         node = recorder.traced.graph.placeholder(f"arg_{i}")
@@ -74,9 +77,16 @@ def trace(
     return recorder.traced
 
 
+class TooLongError(TraceError):
+    """The function runs more operations than are worth compiling."""
+
+
 class _Recorder(TorchDispatchMode):
-    def __init__(self, moving: Sequence[Tensor], decompositions: Mapping[Any, Callable[..., Any]]) -> None:
+    def __init__(
+        self, moving: Sequence[Tensor], decompositions: Mapping[Any, Callable[..., Any]], limit: int | None
+    ) -> None:
         super().__init__()
+        self.left = limit if limit is not None else sys.maxsize
         self.traced = Traced(Graph(), {})
         self.known = WeakTensorKeyDictionary()  # tensor -> the node that made it
         self.live: set[Node] = set()  # nodes that depend on arguments, moving tensors or random numbers
@@ -94,6 +104,9 @@ class _Recorder(TorchDispatchMode):
             result = write(*args, **kwargs)
         if result is not NotImplemented:
             return result
+        self.left -= 1
+        if self.left < 0:
+            raise TooLongError("too many operations, as of a long loop")
         result = func(*args, **kwargs)
         tensors = [r for r in _flat(result) if isinstance(r, Tensor)]
         node_args, node_kwargs = tree_map(self.node, args), tree_map(self.node, kwargs)
