@@ -454,10 +454,10 @@ def product_problem(copies: int) -> Problem:
 
 
 def test_nuts_has_the_right_moments_and_quantiles():
-    """16 chains x 30 draws x 40 data: mean, second moment and the shares below the exact 5, 50 and 95 % points of a
-    gamma, a Dirichlet and a skewed posterior; t over chains, whose limit for 16 is 7.9. It sees an error of 0.1 sd in
+    """32 chains x 100 draws x 40 data: mean, second moment and the shares below the exact 5, 50 and 95 % points of a
+    gamma, a Dirichlet and a skewed posterior; t over chains, whose limit for 32 is 6.1. It sees an error of 0.1 sd in
     a mean and of 10 % in a sd. The standard error must be below 0.02 sd: no passing by being noisy."""
-    posterior = infer(product_problem(40), NUTS(num_chains=16, warmup_steps=40, num_samples=30), seed=5)
+    posterior = infer(product_problem(40), NUTS(num_chains=32, warmup_steps=300, num_samples=100), seed=5)
     skew = skewed(1).reference
     grid = torch.linspace(-12, 8, 20_001, dtype=F64)
     density = (-0.5 * grid**2 - (1 + grid).exp()).exp()
@@ -472,12 +472,12 @@ def test_nuts_has_the_right_moments_and_quantiles():
     for draws, mean, sd, quantiles in cases:
         centred = (draws - mean) / sd
         per_chain = [centred.mean((1, 2)), centred.square().mean((1, 2))]
-        assert float(per_chain[0].std()) / 4 < 0.02
+        assert float(per_chain[0].std()) / 32**0.5 < 0.02
         per_chain += [(draws < q).double().mean((1, 2)) for q in quantiles]
         found.append(t_values(torch.stack(per_chain, -1), tensor(0.0, 1.0, 0.05, 0.5, 0.95)))
         assert_unbiased(torch.stack(per_chain, -1), tensor(0.0, 1.0, 0.05, 0.5, 0.95))
-        assert float(t_values((centred + 0.1).mean((1, 2)), 0.0).abs()) > limit(16)  # the test itself sees these
-        assert float(t_values((0.9 * centred).square().mean((1, 2)), 1.0).abs()) > limit(16)
+        assert float(t_values((centred + 0.1).mean((1, 2)), 0.0).abs()) > limit(32)  # the test itself sees these
+        assert float(t_values((0.9 * centred).square().mean((1, 2)), 1.0).abs()) > limit(32)
     assert 0.1 < float(torch.stack(found).square().mean()) < 3.0
     p = posterior.draws["p"]
     product = (p[..., 0] * p[..., 1]).mean((1, 2))  # E[p0 p1] of Dirichlet(5, 2, 5)
