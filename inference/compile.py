@@ -222,8 +222,8 @@ def _draws_apart(traced: Traced) -> list[Callable[[], Tensor]]:
     """Make arguments of the graph's random numbers, where none depends on its other arguments: what draws them, in
     order."""
     graph = traced.graph
-    found = [n for n in graph.nodes if n.op == "call_function" and _draws(n) and _schema(n) is not None]
-    if any(i.op != "get_attr" for n in found for i in n.all_input_nodes) or any(_schema(n).is_mutable for n in found):
+    found = [n for n in graph.nodes if _draws(n)]
+    if any(_mutates(n) or any(i.op != "get_attr" for i in n.all_input_nodes) for n in found):
         return []
     draws: list[Callable[[], Tensor]] = []
     last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
@@ -247,9 +247,9 @@ def _without_writes(graph: torch.fx.Graph) -> str:
     left = ""
     place = {node: i for i, node in enumerate(graph.nodes)}
     for node in list(graph.nodes):
-        schema = _schema(node)
-        if schema is None or not schema.is_mutable:
+        if not _mutates(node):
             continue
+        schema = _schema(node)
         name, source = schema.name.removeprefix("aten::"), node.args[0]
         pure, overload = PURE.get(name, (name.rstrip("_"), node.target._overloadname))
         twin = getattr(getattr(torch.ops.aten, pure, None), overload, None)
@@ -293,7 +293,8 @@ def _is_view(node: Node) -> bool:
 
 def _fold_constants(traced: Traced, moving: list[Tensor]) -> None:
     """Compute once what depends on no argument, no moving tensor and no random number; drop what nobody reads."""
-    graph, live, written = traced.graph, {id(t) for t in moving}, _written(traced.graph)
+    graph, live = traced.graph, {id(t) for t in moving}
+    written = {a for node in graph.nodes if _mutates(node) for i in node.all_input_nodes for a in _aliases(i)}
     known: dict[Node, Any] = {}
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -316,19 +317,6 @@ def _fold_constants(traced: Traced, moving: list[Tensor]) -> None:
             folded.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(folded)
     graph.eliminate_dead_code()
-
-
-def _written(graph: torch.fx.Graph) -> set[Node]:
-    """Nodes whose memory some node writes to: its arguments, and what these are views of."""
-    written: set[Node] = set()
-    stack = [i for node in graph.nodes if _schema(node) and _schema(node).is_mutable for i in node.all_input_nodes]
-    while stack:
-        node = stack.pop()
-        if node not in written:
-            written.add(node)
-            if _schema(node) and any(r.alias_info is not None for r in _schema(node).returns):
-                stack += node.all_input_nodes
-    return written
 
 
 def _schema(node: Node) -> Any:
