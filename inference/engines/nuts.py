@@ -36,7 +36,7 @@ class NUTS:
     initial                    site -> where to start, (num_chains, *shape) or (*shape,); sites not named, and None:
                                draws of the prior
     initial_tries              draws of the prior that are tried for each start
-    backend                    'nutpie', or 'pyro': Pyro's own kernel, some hundred times slower
+    backend                    'nutpie', or 'pyro': Pyro's own kernel, much slower, to check by
     """
 
     name: ClassVar[str] = "nuts"

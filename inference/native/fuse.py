@@ -83,7 +83,7 @@ class _Schedule:
         self.nests: list[Nest | Call] = []
         self.writers: dict[Buffer, list[int]] = {}  # where a buffer is written
         self.readers: dict[Buffer, int] = {}  # the last place where it is read
-        self.stores: dict[tuple[int, Access], bool] = {}  # what a nest computes at each point
+        self.stores: set[tuple[int, Access]] = set()  # what a nest computes at each point
         self.places: dict[tuple[int, ...], list[int]] = {}  # nests by their sizes
 
     def run(self, steps: list[Loop | Call]) -> list[Nest | Call]:
@@ -120,7 +120,7 @@ class _Schedule:
             if not alone:
                 self.places.setdefault(loop.sizes, []).append(place)
         if not loop.reduce and not loop.adds:
-            self.stores[place, loop.target] = True
+            self.stores.add((place, loop.target))
         return place
 
 

@@ -46,10 +46,6 @@ class Window:
     def dtype(self) -> torch.dtype:
         return self.buffer.dtype
 
-    @property
-    def contiguous(self) -> bool:
-        return all(n == 1 or s == t for n, s, t in zip(self.shape, self.strides, dense(self.shape), strict=True))
-
     def broadcast(self, shape: tuple[int, ...]) -> Window:
         """The same elements as a tensor of this shape, repeated by strides of zero."""
         lead = len(shape) - len(self.shape)
@@ -132,7 +128,8 @@ def _accesses(expr: Expr) -> list[Access]:
 
 @dataclass(frozen=True)
 class Call:
-    """C text with {b0}, {b1} ... for pointers to windows; `routine`: the BLAS or LAPACK routine that it needs."""
+    """C text with $0, $1 ... for pointers to windows, $T0 for their types, and $R0 ... for `routines` of BLAS or
+    LAPACK."""
 
     text: str
     windows: tuple[Window, ...]

@@ -125,15 +125,17 @@ class Lowering:
 
     def _new_constant(self, tensor: Tensor) -> Value:
         shape = tuple(tensor.shape)
-        fixed = id(tensor) not in self.moving
-        if fixed and tensor.numel() and bool(((tensor == (one := tensor.flatten()[0])) | (one != one)).all()):
-            if bool((tensor != tensor).any()) != bool((tensor != tensor).all()):
-                pass  # some are NaN, some not
-            elif float(one) in LITERALS or not math.isfinite(float(one)):
-                return Uniform(one.item(), shape, _known(tensor.dtype))
-            else:
+        if id(tensor) in self.moving:
+            if not tensor.is_contiguous():
+                raise UnsupportedError("a parameter that is not contiguous")
+            return self._fixed(tensor)
+        if tensor.numel():
+            one = tensor.flatten()[0]
+            if bool(((tensor == one) | ((tensor != tensor) & (one != one))).all()):
+                if float(one) in LITERALS or not math.isfinite(float(one)):
+                    return Uniform(one.item(), shape, _known(tensor.dtype))
                 return self._fixed(one.reshape(()).clone()).broadcast(shape)
-        return self._fixed(tensor if tensor.is_contiguous() else tensor.contiguous() if fixed else _refuse_strided())
+        return self._fixed(tensor.contiguous())
 
     def _fixed(self, tensor: Tensor) -> Window:
         index = len(self.fixed)
@@ -340,10 +342,6 @@ def _known(dtype: torch.dtype) -> torch.dtype:
     if dtype not in C_TYPES:
         raise UnsupportedError(f"tensors of {dtype}")
     return dtype
-
-
-def _refuse_strided() -> Tensor:
-    raise UnsupportedError("a parameter that is not contiguous")
 
 
 def _promoted(args: Sequence[Any]) -> torch.dtype:

@@ -104,7 +104,8 @@ def load(text: str) -> tuple[ctypes.CDLL, bool]:
     found = compiler()
     if found is None:
         raise CompileError("no C compiler was found (set CC, or install gcc)")
-    key = hashlib.sha256("\0".join((text, *FLAGS, *WIDE, found.path, found.version, processor())).encode()).hexdigest()
+    decides = (text, *FLAGS, *WIDE, *VECTOR, found.path, found.version, processor())
+    key = hashlib.sha256("\0".join(decides).encode()).hexdigest()
     if key in _loaded:
         return _loaded[key], True
     folder = cache_folder()
