@@ -16,6 +16,7 @@ FAR_BELOW = 5.0  # spreads of the log density that separate a chain from the oth
 FEW = 20  # draws of a chain, below which its spread is not known
 MANY_DEEP = 0.05  # share of the draws whose trajectory was cut short
 DIVERGENCES_KEPT = 200
+ENOUGH = 500  # draws to place the divergences among
 AT_A_TIME = 2**19  # numbers in the positions that are mapped to the sites at once
 
 
@@ -63,7 +64,8 @@ def answer(density: Density, chains: Sequence[Chain], asked: int, plan: Plan, no
     """
     chains, length = cut_alike(chains)
     stats = {name: torch.stack([chain.stats[name][:length] for chain in chains]) for name in chains[0].stats}
-    values = completed(density, [chain.positions[:length] for chain in chains])
+    divergences = torch.cat([chain.divergences for chain in chains])[:DIVERGENCES_KEPT]
+    values, where = completed(density, [chain.positions[:length] for chain in chains], divergences)
     shape = (*density.batch_shape, density.dim)
     state = {
         "position": torch.stack([chain.positions[length - 1] for chain in chains]).reshape(-1, *shape),
@@ -72,8 +74,6 @@ def answer(density: Density, chains: Sequence[Chain], asked: int, plan: Plan, no
     masses = [chain.inverse_mass for chain in chains if chain.inverse_mass is not None]
     if len(masses) == len(chains):
         state["inverse_mass"] = torch.stack(masses)
-    divergences = torch.cat([chain.divergences for chain in chains]).reshape(-1, *shape)
-    where = density.constrain(divergences[:DIVERGENCES_KEPT]) if len(divergences) else {}
     return Draws(
         values,
         "mcmc",
@@ -85,17 +85,22 @@ def answer(density: Density, chains: Sequence[Chain], asked: int, plan: Plan, no
     )
 
 
-def completed(density: Density, positions: Sequence[Tensor]) -> dict[str, Tensor]:
-    """site -> (C, S, *batch, *event), of the positions (S, P) of C chains, some at a time to keep memory small."""
-    values: dict[str, Tensor] = {}
-    shape, rows = (*density.batch_shape, density.dim), max(1, AT_A_TIME // positions[0][0].numel())
-    for c, chain in enumerate(positions):
-        for first, part in zip(range(0, len(chain), rows), chain.split(rows), strict=True):
-            for site, value in density.complete(part.reshape(-1, *shape)).items():
-                if site not in values:
-                    values[site] = value.new_empty((len(positions), len(chain), *value.shape[1:]))
-                values[site][c, first : first + rows] = value
-    return values
+def completed(
+    density: Density, positions: Sequence[Tensor], others: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every site, (C, S, *batch, *event), of the positions (S, P) of C chains, and the latent ones of `others`
+    (K, P), {} where K = 0. All in one run of the program where memory allows, since each costs the same."""
+    points = torch.cat([*positions, others])
+    rows = max(1, AT_A_TIME // points[0].numel())
+    found: dict[str, Tensor] = {}
+    for first, part in zip(range(0, len(points), rows), points.split(rows), strict=True):
+        for site, value in density.complete(part.reshape(-1, *density.batch_shape, density.dim)).items():
+            if site not in found:
+                found[site] = value.new_empty((len(points), *value.shape[1:]))
+            found[site][first : first + rows] = value
+    count = len(points) - len(others)
+    values = {site: value[:count].unflatten(0, (len(positions), -1)) for site, value in found.items()}
+    return values, {site: found[site][count:] for site in density.continuous} if len(others) else {}
 
 
 def cut_alike(chains: Sequence[Chain]) -> tuple[list[Chain], int]:
@@ -156,6 +161,7 @@ def crowded(where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[s
         if not starts.is_floating_point():
             continue
         draws = values[site].flatten(0, 1).reshape(-1, starts[0].numel())
+        draws = draws[:: max(1, len(draws) // ENOUGH)]
         starts = starts.reshape(len(starts), -1)
         ordered = draws.T.contiguous().sort(1).values
         below = torch.searchsorted(ordered, starts.T.contiguous()).double() / ordered.shape[1]

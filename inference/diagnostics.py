@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .statistics import ess, psis, rhat
+
 LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
 
 R_HAT_CAUTION, R_HAT_BAD = 1.01, 1.05
@@ -133,8 +135,6 @@ def _not_finite(draws: Mapping[str, Tensor]) -> list[Finding]:
 
 def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch_dims: int) -> Judgement:
     """Do the chains agree, do they hold enough independent draws, was the sampler able to follow the density?"""
-    from .interop import ess, rhat  # here, since interop imports the posterior, which imports this file
-
     chains, samples = next(iter(draws.values())).shape[:2]
     figures: dict[str, Any] = {}
     findings: list[Finding] = []
@@ -235,8 +235,6 @@ def _worst(
 
 def _weighted(log_weights: Tensor, advice: str) -> Judgement:
     """On how many draws does each datum's answer rest, and is the tail of the weights light enough? (S, *batch)"""
-    from .interop import psis
-
     findings = _no_weight(log_weights)
     if findings:
         return {}, findings

@@ -1,27 +1,22 @@
-"""The border to arviz and to disk: chain statistics and Pareto smoothing, export, saving and loading.
+"""The border to arviz: posteriors as its containers.
 
-The only file that imports arviz or xarray, and only inside functions: they take seconds to import.
+The only file that imports arviz or xarray, and only inside functions: they take a second to import.
 Both lines of arviz are met here, 0.x (`InferenceData`) and 1.x (`xarray.DataTree`).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .posterior import Posterior
 from .problem import Problem
 from .storage import to_json
-
-FEWEST_WEIGHTS = 25  # with fewer positive weights the tail holds fewer than the five that a fit needs
-DISTINCT = 8  # decimals (nats) to which two log weights must differ to count as two
 
 
 def _arviz() -> tuple[Any, bool]:
@@ -30,138 +25,6 @@ def _arviz() -> tuple[Any, bool]:
         warnings.simplefilter("ignore")
         import arviz
     return arviz, int(arviz.__version__.split(".")[0]) >= 1
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Pareto smoothing
-
-
-def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Pareto smoothed importance weights, each batch element by itself: (S, *batch) -> (S, *batch), k-hat (*batch).
-
-    The largest weights are replaced by the order statistics of a generalised Pareto distribution fitted to them,
-    and cut at the largest raw weight. Log weights come back on the scale they came in (not normalised), in
-    float64, so that their mean still estimates the evidence. k-hat is the shape of the tail. Draws of weight zero
-    (-inf) stay so and are left out of the fit. Where there is nothing to fit the weights come back as they are,
-    and k-hat is
-      0    where the weights have no tail: all equal, or a few values over and over (a discrete latent);
-      nan  below 25 positive weights: unknown;
-      inf  where the fit fails because a few draws outweigh the rest beyond the range of floating point.
-    arviz 0.x and 1.x cut the tail one or two draws apart, so k-hat differs between them by a few hundredths.
-
-    Raises ValueError at nan or +inf.
-    Vehtari, Simpson, Gelman, Yao, Gabry (2024), JMLR 25(72), https://arxiv.org/abs/1507.02646.
-    """
-    raw = log_weights.detach().double().cpu().numpy()
-    broken = np.isnan(raw) | (raw == np.inf)
-    if broken.any():
-        first = tuple(int(i) for i in np.argwhere(broken)[0])
-        raise ValueError(
-            f"psis: {int(broken.sum())} of {broken.size} log weights are nan or +inf, the first at {first}; "
-            "a log weight is finite, or -inf for weight zero. Find the draw at which the density overflows."
-        )
-    columns = raw.reshape(raw.shape[0], math.prod(raw.shape[1:]))
-    smoothed, k_hat = np.empty_like(columns), np.empty(columns.shape[1])
-    for j in range(columns.shape[1]):
-        smoothed[:, j], k_hat[j] = _smooth(columns[:, j])
-    return torch.from_numpy(smoothed.reshape(raw.shape)), torch.from_numpy(k_hat.reshape(raw.shape[1:]))
-
-
-def _smooth(column: np.ndarray) -> tuple[np.ndarray, float]:
-    """`psis` of one vector of log weights without nan or +inf."""
-    positive = column > -np.inf
-    weights = column[positive]
-    if weights.size < FEWEST_WEIGHTS:
-        return column, math.nan
-    tail = int(min(weights.size / 5, 3 * math.sqrt(weights.size)))
-    top = np.sort(weights)[-tail - 1 :]
-    if np.unique(np.round(top - top[-1], DISTINCT)).size <= len(top) // 2:
-        return column, 0.0
-    arviz, one = _arviz()
-    with np.errstate(all="ignore"):
-        if one:
-            from arviz_stats.base import array_stats
-
-            fitted, k_hat = array_stats.psislw(-weights, axis=-1)  # 1.x takes a log likelihood: the other sign
-        else:
-            fitted, k_hat = arviz.psislw(weights)
-    if not np.isfinite(k_hat):
-        return column, math.inf
-    # arviz normalises; the smallest weight is never in the tail, so it tells by how much
-    lowest = weights.argmin()
-    smoothed = column.copy()
-    smoothed[positive] = fitted + (weights[lowest] - fitted[lowest])
-    return smoothed, float(k_hat)
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Chain statistics
-
-
-def rhat(draws: Tensor) -> Tensor:
-    """Rank-normalised split R-hat, the larger of bulk and folded: (C, S, ...) -> (...).
-
-    nan with one chain, fewer than four draws, a value that is not finite, or a chain that never moves.
-    Vehtari, Gelman, Simpson, Carpenter, Buerkner (2021), https://doi.org/10.1214/20-BA1221.
-    """
-    arviz, one = _arviz()
-    if draws.shape[0] < 2:
-        return torch.full(draws.shape[2:], math.nan, dtype=torch.float64)
-    if not one:
-        return _each(arviz.rhat, draws)
-    from arviz_stats.base import array_stats
-
-    return _each(lambda chains: array_stats.rhat(chains, chain_axis=0, draw_axis=1), draws)
-
-
-def ess(draws: Tensor, kind: str = "bulk") -> Tensor:
-    """Effective number of draws in all chains together: (C, S, ...) -> (...), `kind` 'bulk' or 'tail'.
-
-    'bulk' is that of the rank-normalised draws, 'tail' the smaller of those for the 5 % and 95 % quantiles.
-    nan as in `rhat`, save that one chain will do. Raises ValueError for another kind. Source: as `rhat`.
-    """
-    if kind not in ("bulk", "tail"):
-        raise ValueError(f"ess kind {kind!r}: expected 'bulk' or 'tail'.")
-    arviz, one = _arviz()
-    options = {"method": kind, **({"prob": (0.05, 0.95)} if kind == "tail" else {})}
-    if not one:
-        return _each(lambda chains: arviz.ess(chains, **options), draws)
-    from arviz_stats.base import array_stats
-
-    return _each(lambda chains: array_stats.ess(chains, chain_axis=0, draw_axis=1, **options), draws)
-
-
-def mcse(draws: Tensor) -> Tensor:
-    """Monte Carlo standard error of the mean of correlated draws: (C, S, ...) -> (...), in the draws' unit.
-
-    sd / sqrt(ESS of the mean); nan as in `ess`. Source: as `rhat`.
-    """
-    arviz, one = _arviz()
-    if not one:
-        return _each(lambda chains: arviz.mcse(chains, method="mean"), draws)
-    from arviz_stats.base import array_stats
-
-    return _each(lambda chains: array_stats.mcse(chains, chain_axis=0, draw_axis=1, method="mean"), draws)
-
-
-def _each(statistic: Callable[[np.ndarray], Any], draws: Tensor) -> Tensor:
-    """A statistic of (C, S) chains for every scalar of (C, S, ...); nan where the chains cannot be judged.
-
-    arviz would take a constant for perfect mixing, so chains that never move are not shown to it.
-    """
-    values = draws.detach().double().cpu().numpy()
-    columns = values.reshape(*values.shape[:2], math.prod(values.shape[2:]))
-    result = np.full(columns.shape[2], np.nan)
-    if columns.shape[1] >= 4:
-        judged = np.isfinite(columns).all((0, 1)) & (columns != columns[:, :1]).any(1).all(0)
-        with np.errstate(all="ignore"):  # chains of constant halves divide by zero: infinite R-hat, and rightly so
-            for j in np.flatnonzero(judged):
-                result[j] = np.asarray(statistic(columns[:, :, j])).item()  # an array of one where numba is installed
-    return torch.from_numpy(result.reshape(values.shape[2:]))
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# Export
 
 
 def to_arviz(posterior: Posterior, problem: Problem | None = None) -> Any:

@@ -26,7 +26,7 @@ from .posterior import Posterior
 from .problem import ProblemError
 
 TRACE_FROM = 20  # fewer steps than this are not worth tracing,
-NATIVE_FROM = 500  # and fewer than this not worth compiling to machine code
+NATIVE_FROM = 200  # and fewer than this not worth compiling to machine code
 BLOCK = 50  # steps a call of compiled Adam takes, between two looks at the progress
 
 

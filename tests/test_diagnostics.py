@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyrometer.inference.diagnostics import diagnose
-from pyrometer.inference.interop import psis
+from pyrometer.inference.statistics import psis
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # arviz announces its next version at import

@@ -43,7 +43,7 @@ from pyrometer.inference import (
 )
 from pyrometer.inference.density import Density
 from pyrometer.inference.guides import AutoGuide, make_guide
-from pyrometer.inference.interop import psis
+from pyrometer.inference.statistics import psis
 from pyrometer.models import conjugate_gaussian, eight_schools, gaussian_mixture, ppca
 
 F64 = torch.float64

@@ -28,7 +28,7 @@ from pyrometer.benchmarks.speed.cases import _vae
 from pyrometer.benchmarks.speed.record import Draws, Estimate, Measurement, Plan, Steps, Timing, Weights, together
 from pyrometer.benchmarks.speed.table import render
 from pyrometer.benchmarks.speed.tools import Prepared, Tool
-from pyrometer.inference import ProblemError, interop
+from pyrometer.inference import ProblemError, statistics
 from pyrometer.inference.density import Density
 
 POSTERIORS = [name for name in cases.names() if cases.load(name).KIND == "posterior"]
@@ -359,15 +359,15 @@ def test_work_is_the_smallest_bulk_ess_of_the_identified_scalars(monkeypatch):
     walk = np.exp(0.1 * rng.normal(size=(4, 200)).cumsum(1))
     values["mu"] = walk
     found = measured(monkeypatch, Clockwork(values, seconds=2.0))
-    least = float(interop.ess(torch.from_numpy(walk)))
+    least = float(statistics.ess(torch.from_numpy(walk)))
     assert found.warm[0].work == pytest.approx(least)
     assert found.warm[0].rate == pytest.approx(least / 2)
     assert found.least_scalar == "mu"
-    assert found.r_hat == pytest.approx(float(interop.rhat(torch.from_numpy(walk))))
+    assert found.r_hat == pytest.approx(float(statistics.rhat(torch.from_numpy(walk))))
     theta = values["mu"] + values["tau"] * values["eta"][..., 3]
     assert found.estimates["theta[3]"].value == pytest.approx(theta.mean())
     assert found.estimates["theta[3]^2"].value == pytest.approx((theta**2).mean())
-    one = float(interop.mcse(torch.from_numpy(theta)))
+    one = float(statistics.mcse(torch.from_numpy(theta)))
     assert found.estimates["theta[3]"].error == pytest.approx(one / math.sqrt(2))  # of two answers
 
 

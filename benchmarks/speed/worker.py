@@ -117,7 +117,7 @@ def _judged_draws(case: Any, answer: Draws) -> Judgement:
     """Smallest bulk ESS and largest R-hat over the identified scalars; means of them and of their squares."""
     import torch
 
-    from pyrometer.inference import interop
+    from pyrometer.inference import statistics
 
     names, columns = [], []
     for name, values in case.identified({n: np.asarray(v, dtype=float) for n, v in answer.values.items()}).items():
@@ -125,15 +125,15 @@ def _judged_draws(case: Any, answer: Draws) -> Judgement:
         names += [name] if values.ndim == 2 else [f"{name}[{k}]" for k in range(flat.shape[2])]
         columns.append(flat)
     draws = torch.from_numpy(np.concatenate(columns, -1))  # (C, S, K)
-    ess = interop.ess(draws).numpy()
+    ess = statistics.ess(draws).numpy()
     if not np.isfinite(ess).all():
         broken = names[int(np.argmin(np.isfinite(ess)))]
         raise ValueError(f"{broken} has no effective draws: they are not finite, or a chain never moves.")
     estimates: dict[str, Estimate] = {}
     for suffix, values in (("", draws), ("^2", draws.square())):
-        means, errors = values.mean((0, 1)).tolist(), interop.mcse(values).tolist()
+        means, errors = values.mean((0, 1)).tolist(), statistics.mcse(values).tolist()
         estimates |= {n + suffix: Estimate(m, e) for n, m, e in zip(names, means, errors, strict=True)}
-    r_hat = interop.rhat(draws).max().item()
+    r_hat = statistics.rhat(draws).max().item()
     return Judgement(float(ess.min()), estimates, names[int(ess.argmin())], r_hat if math.isfinite(r_hat) else None)
 
 

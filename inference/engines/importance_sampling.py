@@ -17,7 +17,6 @@ from torch import Tensor
 from ..density import Density, Values
 from ..engine import Draws, EngineError, Run, as_chain
 from ..guides import AutoGuide, PairedGuide, make_guide
-from ..interop import psis
 from ..laplace import laplace, moments, student_t
 from ..learning import flat_draws
 from ..posterior import Posterior, evidence_from_weights
