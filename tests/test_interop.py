@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrometer.inference import interop, statistics
+from pyrometer.inference import statistics
 from pyrometer.inference.posterior import Cost, Evidence, Posterior
 from pyrometer.inference.problem import Problem
 

@@ -23,6 +23,7 @@ from ..posterior import Posterior, evidence_from_weights
 from ..problem import ProblemError
 from ..registry import as_engine
 from ..settings import check_positive, options, settings
+from ..statistics import psis
 
 Weighted = tuple[Tensor | Values, Tensor, tuple[str, ...]]
 
