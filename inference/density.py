@@ -21,6 +21,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
+from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -29,7 +30,7 @@ from .marginal import enumerated_trace, sum_out
 from .parameters import Lent, kept_frozen, modules_in_reach
 from .preflight import BATCHED, batches_over_draws, couples_data, refuse_randomness
 from .problem import Problem, ProblemError
-from .program import SOMETIMES, Plate, Reading, Scribe, over_draws
+from .program import SOMETIMES, Plate, Reading, Scribe, Site, over_draws
 from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
@@ -174,6 +175,7 @@ class Density:
         }
         self.guide_sites = {name: replace(site, batch=dims) for name, site in self.guide_sites.items()}
         self.latents = {n: s for n, s in self.sites.items() if s.role == "latent"}
+        self.guide_latents = {n: s for n, s in self.guide_sites.items() if s.role == "latent"}
         self.discrete = [n for n, s in self.latents.items() if s.discrete]
         self.continuous = [n for n, s in self.latents.items() if not s.discrete]
         self.unlisted = [n for n in self.discrete if self.latents[n].support is None]  # cannot be summed out
@@ -252,6 +254,16 @@ class Density:
             return 1.0
         return self._minibatch[0].size / len(self._minibatch[1])
 
+    @property
+    def row_numbers(self) -> Tensor | None:
+        """Which rows of the data a minibatch is of; None outside of one."""
+        return None if self._minibatch is None else self._minibatch[1]
+
+    @property
+    def batch_share(self) -> float:
+        """The share of all data that the program sees now."""
+        return 1.0 if self._minibatch is None else len(self._minibatch[1]) / self._minibatch[0].size
+
     def rows(self, tensor: Tensor) -> Tensor:
         """The rows of a (*batch, ...) tensor that the program sees now."""
         if self._minibatch is None or not self.batch_plates:
@@ -298,15 +310,42 @@ class Density:
 
         return PriorDraws(*self._map(one, torch.zeros(count), count, random=True))
 
-    def guide(self, count: int) -> GuideDraws:
-        """Draws from the guide, reparameterised where it can. Raises `ProblemError` where there is no usable guide."""
+    def simulate(self, count: int) -> dict[str, Tensor]:
+        """Latents and data drawn from the model at theta, site -> (count, *batch, *event). Raises `ProblemError` where
+        a site has no proper prior, or where `pyro.factor` takes part, which cannot be drawn from."""
+        factors = [n for n, s in self.sites.items() if s.role == "factor"]
+        if self.improper or factors:
+            raise ProblemError(f"site {[*self.improper, *factors][0]!r} cannot be drawn from, so data cannot be.")
+
+        def one(_: Tensor) -> dict[str, Tensor]:
+            with Scribe(self.sites, {}, minibatch=self._minibatch, want=_VALUES) as scribe, poutine.uncondition():
+                self.problem.model(*self.args, **self.kwargs)
+            return {n: v for n, v in scribe.reading.values.items() if self.sites[n].role in ("latent", "observed")}
+
+        return self._map(one, torch.zeros(count), count, random=True)
+
+    @contextmanager
+    def substituted(self, data: Mapping[int | str, Tensor]) -> Iterator[None]:
+        """Inside, the program's arguments at these positions or names are others."""
+        args, kwargs = self.args, self.kwargs
+        self.args = tuple(data.get(i, v) for i, v in enumerate(args))
+        self.kwargs = {k: data.get(k, v) for k, v in kwargs.items()}
+        try:
+            yield
+        finally:
+            self.args, self.kwargs = args, kwargs
+
+    def guide(self, count: int, auxiliary: bool = False) -> GuideDraws:
+        """Draws from the guide, reparameterised where it can; `auxiliary`: its auxiliary sites are among the values.
+        Raises `ProblemError` where there is no usable guide."""
         self.require_guide()
+        names = self.guide_latents if auxiliary else self.latents
 
         def one(_: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
             scribe = Scribe(self.guide_sites, {}, minibatch=self._minibatch, want=_VALUES)
             with scribe:
                 self.problem.guide(*self.args, **self.kwargs)  # type: ignore[misc]
-            values = {n: v for n, v in scribe.reading.values.items() if n in self.latents}
+            values = {n: v for n, v in scribe.reading.values.items() if n in names}
             return values, self._filled(scribe.reading.log_prior), self._filled(scribe.reading.log_score)
 
         return GuideDraws(*self._map(one, torch.zeros(count), count, random=True, counted=False))
@@ -339,6 +378,30 @@ class Density:
     def log_likelihood(self, z: Tensor | Values) -> Tensor:
         """log p(x | z), (*sample, *batch)."""
         return self._over_samples(lambda v: self._filled(self._run(v).log_likelihood), z)
+
+    def log_guide(self, z: Tensor | Values) -> Tensor:
+        """log q(z | x) of given values, (*sample, *batch), in nats. Of u it is the density in the unconstrained space,
+        log q(T(u)) + log |det dT/du|, with the model's map T. Its gradient in z is at fixed phi, its gradient in phi at
+        fixed z. Raises `ProblemError` where the guide samples a site that z does not give."""
+        self.require_guide()
+        names = self.continuous if isinstance(z, Tensor) else z
+        missing = [n for n in self.guide_latents if n not in names]
+        if missing:
+            raise ProblemError(f"site {missing[0]!r} of the guide has no value, so its density cannot be told.")
+
+        def one(v: Any) -> Tensor:
+            log_jacobian: Any = 0.0
+            if isinstance(v, Tensor):
+                reading = self._run(v, want=_VALUES)
+                v, log_jacobian = reading.values, reading.log_jacobian
+            given = {n: s.to_pyro(v[n], s.event_dim) for n, s in self.guide_latents.items()}
+            scribe = Scribe(self.guide_sites, given, minibatch=self._minibatch)
+            with scribe:
+                self.problem.guide(*self.args, **self.kwargs)  # type: ignore[misc]
+            return self._filled(scribe.reading.log_prior + log_jacobian)
+
+        transformed = isinstance(z, Tensor)
+        return self._over_samples(one, z, random=transformed, sites=None if transformed else self.guide_latents)
 
     def pointwise(self, values: Values) -> dict[str, Tensor]:
         """Observed site -> log likelihood of each observation, (*sample, *batch, *other plates)."""
@@ -436,9 +499,7 @@ class Density:
         run = self.compiled(u)
         if run.backend == "eager":
             return self.value_and_grad
-        count: float = math.prod(u.shape[: u.dim() - len(self.batch_shape) - 1])
-        if self._minibatch is not None:
-            count *= len(self._minibatch[1]) / self._minibatch[0].size
+        count = math.prod(u.shape[: u.dim() - len(self.batch_shape) - 1]) * self.batch_share
 
         def counted(v: Tensor) -> tuple[Tensor, Tensor]:
             self.counts["gradients"] += count
@@ -499,26 +560,31 @@ class Density:
         shape = self.batch_shape
         return value if isinstance(value, Tensor) and value.shape == shape else torch.as_tensor(value).expand(shape)
 
-    def _over_samples(self, function: Callable[[Any], Any], z: Tensor | Values, random: bool = False) -> Any:
-        """Apply a function of one draw to z with any sample dimensions in front."""
+    def _over_samples(
+        self, function: Callable[[Any], Any], z: Tensor | Values, random: bool = False,
+        sites: Mapping[str, Site] | None = None,
+    ) -> Any:  # fmt: skip
+        """Apply a function of one draw to z with any sample dimensions in front. z may hold values of other sites than
+        these; None: the latents, whose densities are counted, which the guide's own are not."""
+        counted, sites = sites is None, self.latents if sites is None else sites
         batch_dim = len(self.batch_shape)
         if isinstance(z, Tensor):
             sample = z.shape[: z.dim() - batch_dim - 1]
             flat: Any = _convert(z, self.dtype, self.device).reshape((-1, *z.shape[len(sample) :]))
         else:
-            name, first = next(iter(z.items())) if z else ("", torch.zeros(()))
-            site = self.latents[name] if z else None
+            name = next((n for n in z if n in sites), "")
+            first, site = (z[name], sites[name]) if name else (torch.zeros(()), None)
             own = len(site.own_shape(site.shape, site.event_dim)) if site else 0
             sample = first.shape[: first.dim() - own]
             flat = {
                 n: _convert(v, self.dtype, self.device).reshape((-1, *v.shape[len(sample) :]))
                 for n, v in z.items()
-                if n in self.latents
+                if n in sites
             }
             if not flat:  # nothing to give: one run tells all
-                return self._map(lambda _: function({}), torch.zeros(1), 1)[0]
+                return self._map(lambda _: function({}), torch.zeros(1), 1, counted=counted)[0]
         count = math.prod(sample)
-        result = self._map(function, flat, count, random=random)
+        result = self._map(function, flat, count, random=random, counted=counted)
         return tree_map(lambda t: t.reshape((*sample, *t.shape[1:])), result)
 
     def _map(
@@ -526,12 +592,9 @@ class Density:
     ) -> Any:
         """vmap a function of one draw over the first dimension of its inputs, in chunks; a loop where it cannot."""
         if counted:
-            share = 1.0
-            if self._minibatch is not None:
-                share = len(self._minibatch[1]) / self._minibatch[0].size
             tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
             grad = torch.is_grad_enabled() and (self.learning or any(t.requires_grad for t in tensors))
-            self.counts["gradients" if grad else "evaluations"] += count * share
+            self.counts["gradients" if grad else "evaluations"] += count * self.batch_share
         with self, pyro.validation_enabled(False):
             many = count * self._numel >= _COMPILE_FROM
             return over_draws(

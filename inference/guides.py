@@ -27,6 +27,7 @@ class Guide(Protocol):
     """What an engine needs of a family: draws with their log density, its parameters and its state."""
 
     point: bool  # a point, not a distribution: no density, no evidence
+    scored: list[str]  # sites whose draws have no reparameterised gradient
 
     @property
     def tensors(self) -> list[Tensor]: ...
@@ -34,6 +35,9 @@ class Guide(Protocol):
     def draw(self, count: int) -> tuple[Tensor | Values, Tensor, Tensor | None]:
         """z (count, *batch, ...), log q(z) (count, *batch), and the part of log q that has no reparameterised
         gradient (None: all has). z is unconstrained (a tensor) or constrained (a mapping)."""
+
+    def log_prob(self, z: Any) -> Tensor:
+        """log q of given values, laid out as `draw` gives them, (count, *batch)."""
 
     def state(self) -> dict[str, Tensor]: ...
 
@@ -49,13 +53,14 @@ class PairedGuide:
         density.require_guide()
         self.density = density
         self.tensors = density.phi.tensors
-        self._scored = any(
-            s.role == "latent" and (s.discrete or not s.reparameterised) for s in density.guide_sites.values()
-        )
+        self.scored = [n for n, s in density.guide_latents.items() if s.discrete or not s.reparameterised]
 
     def draw(self, count: int) -> tuple[Values, Tensor, Tensor | None]:
-        values, log_q, log_score = self.density.guide(count)
-        return values, log_q, log_score if self._scored else None
+        values, log_q, log_score = self.density.guide(count, auxiliary=True)
+        return values, log_q, log_score if self.scored else None
+
+    def log_prob(self, z: Values) -> Tensor:
+        return self.density.log_guide(z)
 
     def state(self) -> dict[str, Tensor]:
         return self.density.phi.values()
@@ -73,6 +78,7 @@ class AutoGuide:
         self.density = density
         self.family = family
         self.point = family == "AutoDelta"
+        self.scored: list[str] = []
         batch, dim = tuple(density.batch_shape), density.dim
         self.centre, self.spread = _prior_location(density)
         options: dict[str, Any] = {"dtype": density.dtype, "device": self.centre.device}
@@ -128,6 +134,25 @@ class AutoGuide:
             v = scale * (noise + (lower @ noise[..., None])[..., 0])
         log_q = (-0.5 * noise.square() - 0.5 * math.log(2 * math.pi)).sum(-1) - scale.log().sum(-1) - log_volume
         return centre + spread * (loc + v), log_q, None
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        if self.point:
+            raise ProblemError("AutoDelta is a point: it has no density.")
+        p = {n: self.density.rows(t) for n, t in self._parameters.items()}
+        centre, spread = self.density.rows(self.centre), self.density.rows(self.spread)
+        log_volume = spread.log().sum(-1)
+        v, scale = (z - centre) / spread - p["loc"], softplus(p["scale"])
+        if self.family == "AutoLowRankMultivariateNormal":
+            normal = LowRankMultivariateNormal(torch.zeros_like(v[0]), p["factor"], scale.square(), validate_args=False)
+            return normal.log_prob(v) - log_volume
+        noise = v / scale
+        if self.family == "AutoMultivariateNormal":
+            lower = torch.tril(p["tril"], -1)  # v = scale (noise + lower noise)
+            noise = torch.linalg.solve_triangular(
+                lower + torch.eye(noise.shape[-1], dtype=noise.dtype, device=noise.device), noise[..., None],
+                upper=False, unitriangular=True,
+            )[..., 0]  # fmt: skip
+        return (-0.5 * noise.square() - 0.5 * math.log(2 * math.pi)).sum(-1) - scale.log().sum(-1) - log_volume
 
 
 def make_guide(density: Density, guide: str | None) -> Guide:

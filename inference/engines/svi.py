@@ -1,10 +1,11 @@
-"""Stochastic variational inference: fit a guide by gradients of the evidence lower bound.
+"""Stochastic variational inference: fit a guide by gradients of a bound on the evidence.
 
     ELBO(theta, phi) = E_{q_phi(z | x)}[log p_theta(x, z) - log q_phi(z | x)] <= log p_theta(x)
 
-Hoffman et al. 2013, jmlr.org/papers/v14/hoffman13a.html; Kingma & Welling 2014, arXiv:1312.6114. Draws that cannot be
-reparameterised get the score-function gradient, per datum (Ranganath et al. 2014, arXiv:1401.0118); discrete latents
-that the guide does not sample are summed out.
+Hoffman et al. 2013, jmlr.org/papers/v14/hoffman13a.html; Kingma & Welling 2014, arXiv:1312.6114; the other bounds
+stand in `objectives`. Draws that cannot be reparameterised get the score-function gradient, per datum (Ranganath et al.
+2014, arXiv:1401.0118), in the ELBO with the mean of the other draws as baseline; discrete latents that the guide does
+not sample are summed out.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
+from pyro import poutine
+from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
 from ..guides import AutoGuide, Guide, make_guide
 from ..learning import Learned, TrailWriter, descend
+from ..objectives import LINEAR, PATHWISE, check_objective, loss
 from ..posterior import Evidence, evidence_from_weights
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
@@ -29,8 +33,14 @@ from ..settings import check_optimizer, check_positive, settings
 
 @settings
 class SVI:
-    """Fit q_phi(z | x) by stochastic gradients of the ELBO; as a learner, theta moves in the same gradient.
+    """Fit q_phi(z | x) by stochastic gradients of a bound; as a learner, theta moves in the same gradient.
 
+    objective      'elbo'; 'iwae', the importance-weighted bound of `num_particles` draws, tighter with more of them;
+                   'stl' and 'dreg', the gradients of these two that become exact with the guide, for reparameterised
+                   draws; 'vimco', 'iwae' for draws that are not, such as discrete ones; 'renyi', between the two
+    alpha          of 'renyi', 0.5 unless given: 0 is 'iwae', 1 is 'elbo'. From 0 up the mean of the estimate is a
+                   lower bound of the evidence, whatever `num_particles` (for many draws and alpha in [0, 1) it rises
+                   to Renyi's own); below 0 it is no bound, and the trail is of kind 'estimate'
     guide          None: the problem's own; 'AutoNormal', 'AutoMultivariateNormal', 'AutoLowRankMultivariateNormal',
                    'AutoDelta' (or the Pyro class): one per datum; another Pyro autoguide class, or an instance
     num_particles  draws of z for each gradient
@@ -40,6 +50,8 @@ class SVI:
     """
 
     name: ClassVar[str] = "svi"
+    objective: str = "elbo"
+    alpha: float | None = None
     guide: Any = None
     num_steps: int = 1000
     num_particles: int = 1
@@ -55,6 +67,9 @@ class SVI:
             raise ProblemError(f"SVI(guide={self.guide!r}): expected one of {', '.join(AutoGuide.FAMILIES)}.")
         if not (self.guide is None or isinstance(self.guide, str) or callable(self.guide)):
             raise ProblemError(f"SVI(guide={self.guide!r}): expected a name, a Pyro autoguide class or a guide.")
+        check_objective(self)
+        if self.objective != "elbo" and self._family() == "AutoDelta":
+            raise ProblemError(f"SVI(objective={self.objective!r}) weighs draws; AutoDelta is a point: use 'elbo'.")
 
     def prepare(self, problem: Problem) -> Problem:
         """The problem with the Pyro guide that was asked for; unchanged where a family or its own guide serves."""
@@ -75,6 +90,8 @@ class SVI:
             return f"{family} needs continuous latents and the model has none; pair the model with a guide"
         if family is not None and density.unlisted:
             return f"discrete site {density.unlisted[0]!r} cannot be summed out; pair the model with a guide"
+        if reason := self._unserved(density, family):
+            return reason
         if self.batch_size is not None and not density.batch_plates and density.data_plate is not None:
             inside = [
                 n for n, s in density.latents.items() if density.data_plate in s.plates and n in density.continuous
@@ -84,6 +101,28 @@ class SVI:
                     f"site {inside[0]!r} lies in the minibatched plate beside global latents: {family} has one joint "
                     "density for all; use batch_size=None or a paired guide"
                 )
+        return ""
+
+    def _unserved(self, density: Density, family: str | None) -> str:
+        """Why the objective cannot be had with this guide, in words; '' where it can."""
+        if self.batch_size is not None and not density.batch_plates and self.objective not in LINEAR:
+            return (
+                f"objective={self.objective!r} needs the whole weight of a draw, and with global latents a minibatch "
+                "has a part of it: use batch_size=None or objective='elbo'"
+            )
+        if self.objective not in PATHWISE or family is not None:
+            return ""
+        if not density.guide_latents:
+            return f"objective={self.objective!r} needs draws, and the guide samples nothing: use 'elbo'"
+        if scored := make_guide(density, None).scored:
+            return (
+                f"objective={self.objective!r} needs reparameterised draws, which site {scored[0]!r} of the guide has "
+                "not: use 'vimco' or 'elbo'"
+            )
+        if self.objective == "dreg" and (site := _altered(density)):
+            return (
+                f"objective='dreg' needs all of log q, and site {site!r} of the guide is masked or scaled: use 'iwae'"
+            )
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:
@@ -97,17 +136,18 @@ class SVI:
         notes = []
         if self.guide is None and self._family(density) is not None:
             notes.append(f"the problem has no guide: {self._family(density)} was used")
-        return self._draws(density, guide, tuple(notes))
+        return guide_draws(density, guide, self.num_samples, tuple(notes))
 
     def fit(self, density: Density, run: Run) -> Learned:
-        """theta and phi move together, each step one gradient of the ELBO over both."""
+        """theta and phi move together, each step one gradient of the objective over both."""
         guide = make_guide(density, self._family(density))
         tensors = list({id(t): t for t in (*density.theta.tensors, *guide.tensors)}.values())
-        writer = TrailWriter("lower bound", self.num_steps)
-        for step, loss in enumerate(self._steps(density, guide, tensors, run)):
-            writer.add(step, -loss)
+        kind = "estimate" if self.alpha is not None and self.alpha < 0 else "lower bound"
+        writer = TrailWriter(kind, self.num_steps)
+        for step, value in enumerate(self._steps(density, guide, tensors, run)):
+            writer.add(step, -value)
         with torch.no_grad():
-            return Learned(writer.trail(), self._draws(density, guide, ()))
+            return Learned(writer.trail(), guide_draws(density, guide, self.num_samples))
 
     def _family(self, density: Density | None = None) -> str | None:
         """The automatic family by name; None for the problem's own guide."""
@@ -120,43 +160,59 @@ class SVI:
         return None
 
     def _steps(self, density: Density, guide: Guide, tensors: list[Tensor], run: Run) -> Iterator[float]:
-        """One optimiser step a turn; yields the loss, the negative ELBO of all data."""
+        """One optimiser step a turn; yields the loss, minus the objective of all data."""
         losses = descend(
             density, lambda: self.loss(density, guide), tensors, self.optimizer, self.learning_rate, self.batch_size,
             self.num_steps,
         )  # fmt: skip
-        for step, loss in enumerate(losses):
-            if not math.isfinite(loss):
+        for step, value in enumerate(losses):
+            if not math.isfinite(value):
                 advice = "try a smaller learning_rate" if step else "the density is not finite where the guide starts"
-                raise EngineError(f"the ELBO became {-loss} at step {step}: {advice}")
+                what = "ELBO" if self.objective == "elbo" else f"objective {self.objective!r}"
+                raise EngineError(f"the {what} became {-value} at step {step}: {advice}")
             if step % 50 == 49:
                 run.progress("gradient steps", step + 1, self.num_steps)
-            yield loss
+            yield value
 
     def loss(self, density: Density, guide: Guide) -> Tensor:
-        """An estimate of the negative ELBO of all data, whose gradient is unbiased; () in nats."""
-        z, log_q, log_score = guide.draw(self.num_particles)
-        elbo = density.log_joint(z, jacobian=not guide.point) - log_q
-        surrogate = (
-            elbo if log_score is None else elbo + elbo.detach() * log_score - (elbo.detach() * log_score).detach()
-        )
-        return -surrogate.sum() * (density.data_scale / self.num_particles)
+        """An estimate of minus the objective of all data, whose gradient is unbiased; () in nats."""
+        return loss(density, guide, self.num_particles, self.objective, 0.5 if self.alpha is None else self.alpha)
 
-    def _draws(self, density: Density, guide: Guide, notes: tuple[str, ...]) -> Draws:
-        z, log_q, _ = guide.draw(1 if guide.point else self.num_samples)
-        values = density.complete(z)
-        if guide.point:
-            return Draws(as_chain(values), "point", state=guide.state(), notes=notes)
-        log_ratio = (density.log_joint(z) - log_q).double()
-        count = math.sqrt(self.num_samples)
-        error = log_ratio.std(0) / count if self.num_samples > 1 else torch.full_like(log_ratio[0], math.inf)
-        refined = evidence_from_weights(log_ratio.cpu())
-        return Draws(
-            as_chain(values),
-            "iid",
-            log_evidence=Evidence(log_ratio.mean(0).cpu(), error.cpu(), "lower bound", refined),
-            sample_stats={"lp": (log_ratio + log_q)[None], "log_q": log_q[None]},
-            state=guide.state(),
-            notes=notes,
-            log_ratio=log_ratio.cpu(),
-        )
+
+def guide_draws(density: Density, guide: Guide, count: int, notes: tuple[str, ...] = ()) -> Draws:
+    """The fitted guide's answer: draws, the ELBO, and the evidence by weighting them."""
+    z, log_q, _ = guide.draw(1 if guide.point else count)
+    values = density.complete(z)
+    if guide.point:
+        return Draws(as_chain(values), "point", state=guide.state(), notes=notes)
+    log_ratio = (density.log_joint(z) - log_q).double()
+    error = log_ratio.std(0) / math.sqrt(count) if count > 1 else torch.full_like(log_ratio[0], math.inf)
+    return Draws(
+        as_chain(values),
+        "iid",
+        log_evidence=Evidence(
+            log_ratio.mean(0).cpu(), error.cpu(), "lower bound", evidence_from_weights(log_ratio.cpu())
+        ),
+        sample_stats={"lp": (log_ratio + log_q)[None], "log_q": log_q[None]},
+        state=guide.state(),
+        notes=notes,
+        log_ratio=log_ratio.cpu(),
+    )
+
+
+def _altered(density: Density) -> str:
+    """A site of the guide whose log probability is masked or scaled; '' where there is none."""
+    trace = poutine.trace(density.problem.guide).get_trace(*density.args, **density.kwargs)
+    for name in density.guide_latents:
+        node = trace.nodes[name]
+        fn, mask, scale = node["fn"], node["mask"], node["scale"]
+        while hasattr(fn, "base_dist") and not isinstance(fn, MaskedDistribution):
+            fn = fn.base_dist
+        if (
+            isinstance(fn, MaskedDistribution)
+            or isinstance(scale, Tensor)
+            or scale != 1
+            or not (mask is None or mask is True)
+        ):
+            return name
+    return ""

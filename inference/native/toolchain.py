@@ -25,6 +25,7 @@ from pathlib import Path
 SIZE_LIMIT = 256 * 2**20  # bytes on disk; the entries used longest ago go first
 COMPILE_LIMIT = 30.0  # seconds
 FLAGS = [
+    "-fwrapv",  # whole numbers wrap around, as torch's do
     *("-std=gnu11", "-O3", "-march=native", "-fPIC", "-shared", "-w", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-fassociative-math", "-freciprocal-math", "-ffp-contract=fast"),
     *("-fno-tree-pre", "-fno-tree-loop-distribution"),  # these take minutes on a loop of 200 statements
