@@ -98,6 +98,7 @@ class Density:
         self._depth = 0
         check_backend(backend)
         self._backend, self._compiled = backend, dict[tuple[Any, ...], tuple[Compiled, Tensor | None]]()
+        self.kept: dict[Any, Any] = {}  # what engines made for this density and want again: compiled kernels
         self.backend, self.compile_seconds = "eager", 0.0
         self._phi_given = False
         self._minibatch: tuple[Plate, Tensor, float] | None = None

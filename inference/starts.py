@@ -20,14 +20,19 @@ from .problem import ProblemError
 CHOICE = 10  # points, of which the best is taken
 
 
-def starts(density: Density, run: Run, num_chains: int, initial: Mapping[str, Any] | None, tries: int) -> Tensor:
+def starts(
+    density: Density, run: Run, num_chains: int, initial: Mapping[str, Any] | None, tries: int, apart: bool = False
+) -> Tensor:
     """One start for each chain, (C, *batch, D), with finite log density and gradient.
 
     initial  site -> values (C, *shape) or (*shape,); sites that are not in it are drawn from the prior
     tries    prior draws for each chain, at most
+    apart    data are moved apart from each other: those that have no such start do not keep the others from theirs
     Raises `ProblemError` for initial values that cannot be used, `EngineError` where the prior has no usable draw.
     """
     given = read_initial(density, initial or {}, num_chains)
+    if not given and apart and density.batch_shape.numel() > 1:
+        return _apart(density, run, num_chains, tries)
     if not given and tries >= CHOICE and (u := _together(density, run, num_chains)) is not None:
         return u
     points = []
@@ -46,6 +51,26 @@ def _together(density: Density, run: Run, num_chains: int) -> Tensor | None:
     points = _best(u, score)
     value, gradient = density.value_and_grad(points)
     return points if bool(value.isfinite().all()) and bool(gradient.isfinite().all()) else None
+
+
+def _apart(density: Density, run: Run, num_chains: int, tries: int) -> Tensor:
+    """The best of some draws for each chain and datum; others where these cannot be used, as long as there are any."""
+    seed_all(run.child(num_chains).seed)
+    points = usable = None
+    for attempt in range(0, tries, CHOICE):
+        count = min(CHOICE, tries - attempt)
+        u, score = _candidates(density, {}, count * num_chains, attempt)
+        found = _best(*(t.reshape(count, num_chains, *t.shape[1:]) for t in (u, score)))
+        value, gradient = density.value_and_grad(found)
+        good = value.isfinite() & gradient.isfinite().all(-1)
+        points = found if points is None or usable is None else torch.where((good & ~usable)[..., None], found, points)
+        usable = good if usable is None else usable | good
+        if bool(usable.all()):
+            break
+    assert points is not None and usable is not None
+    if not bool(usable.any()):
+        raise EngineError(_hopeless(tries, ""))
+    return torch.where(points.isfinite(), points, 0.0)
 
 
 def _best(u: Tensor, score: Tensor) -> Tensor:
@@ -69,9 +94,13 @@ def _start(density: Density, given: Mapping[str, Tensor], tries: int, chain: int
         raise ProblemError(
             f"initial: the log density or its gradient is not finite where chain {chain} starts{reason}."
         )
-    raise EngineError(
-        f"no start with a finite log density and gradient in {tries} draws of the prior{reason}; check the scale of "
-        "the prior and the support of the data"
+    raise EngineError(_hopeless(tries, reason))
+
+
+def _hopeless(tries: int, reason: str) -> str:
+    return (
+        f"no start with a finite log density and gradient in {tries} draws of the prior{reason}; check the scale of the "
+        "prior and the support of the data"
     )
 
 

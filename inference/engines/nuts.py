@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from .. import nutpie_private, nuts_nutpie, nuts_pyro
+from .. import mcmc, nutpie_private, nuts_nutpie, nuts_pyro
 from ..chains import Plan, Tuning, answer
 from ..density import Density
 from ..engine import Draws, Run
@@ -20,13 +20,13 @@ from ..problem import ProblemError
 from ..settings import check_positive, settings
 from ..starts import starts
 
-CHOICES = {"mass_matrix": ("diagonal", "low_rank"), "backend": ("nutpie", "pyro")}
+CHOICES = {"mass_matrix": ("diagonal", "low_rank"), "backend": ("auto", "lanes", "nutpie", "pyro")}
 
 
 @settings
 class NUTS:
     """Hamiltonian Monte Carlo with adaptive path lengths; step size and mass matrix are tuned in warm-up, then fixed.
-    On a problem that factorises, all data move together, with one accept step.
+    In a problem that factorises every datum has chains of its own, each with its own tree, step size and mass matrix.
 
     num_samples, warmup_steps  per chain; `warm=` starts from an earlier run's last points and tuning, without warm-up
     target_acceptance          mean acceptance probability that the step size is tuned to, in (0, 1)
@@ -36,7 +36,9 @@ class NUTS:
     initial                    site -> where to start, (num_chains, *shape) or (*shape,); sites not named, and None:
                                draws of the prior
     initial_tries              draws of the prior that are tried for each start
-    backend                    'nutpie', or 'pyro': Pyro's own kernel, much slower, to check by
+    backend                    'lanes': chains of many data side by side, each by itself; 'nutpie': all latents as one
+                               vector, with one accept step; 'pyro': likewise by Pyro's own kernel, much slower, to
+                               check by; 'auto': lanes where there are several data, else nutpie
     """
 
     name: ClassVar[str] = "nuts"
@@ -48,7 +50,7 @@ class NUTS:
     mass_matrix: str = "diagonal"
     initial: Mapping[str, Any] | None = None
     initial_tries: int = 100
-    backend: str = "nutpie"
+    backend: str = "auto"
 
     def __post_init__(self) -> None:
         check_positive(self, "target_acceptance")
@@ -59,7 +61,7 @@ class NUTS:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ProblemError(f"NUTS({name}={getattr(self, name)!r}): expected one of {', '.join(choices)}.")
-        if self.backend == "pyro" and self.mass_matrix != "diagonal":
+        if self.backend in ("pyro", "lanes") and self.mass_matrix != "diagonal":
             raise ProblemError("NUTS(mass_matrix='low_rank') needs backend='nutpie'.")
         if self.initial is not None and not isinstance(self.initial, Mapping):
             raise ProblemError(f"NUTS(initial=...): expected site -> values, got {type(self.initial).__name__}.")
@@ -72,6 +74,10 @@ class NUTS:
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:
+        if self.backend == "lanes" or (
+            self.backend == "auto" and self.mass_matrix == "diagonal" and density.batch_shape.numel() > 1
+        ):
+            return self._on_lanes(density, run)
         notes: list[str] = []
         tuned = None
         if run.warm:
@@ -91,18 +97,33 @@ class NUTS:
             self.max_tree_depth,
             self.mass_matrix == "low_rank",
         )
-        if self.backend == "nutpie" and not (fault := _nutpies_fault()):
+        if self.backend != "pyro" and not (fault := _nutpies_fault()):
             chains = nuts_nutpie.sample(density, compiled, points, tuned, run, plan)
         else:
-            if self.backend == "nutpie":
+            if self.backend != "pyro":
                 notes.append(f"Pyro's own kernel, which is slow, took the place of nutpie: {fault}")
             chains = nuts_pyro.sample(density, points, tuned, run, plan)
         return answer(density, chains, self.num_chains, plan, notes)
 
-    def _earlier(self, density: Density, state: Mapping[str, Tensor]) -> tuple[Tensor, Tuning | None]:
-        """Points and tuning of the run that this one goes on from; no tuning where its mass matrix is not known."""
+    def _on_lanes(self, density: Density, run: Run) -> Draws:
+        tuned = None
+        if run.warm:
+            self._no_initial()
+            points, tuned = mcmc.earlier(run.warm, density, self.num_chains)
+        else:
+            with run.tuning():
+                points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
+        plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance)
+        record, figures = mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan)
+        return mcmc.answer(density, record, figures, ())
+
+    def _no_initial(self) -> None:
         if self.initial is not None:
             raise ProblemError("NUTS(initial=...) and warm=... both say where to start: give one of them.")
+
+    def _earlier(self, density: Density, state: Mapping[str, Tensor]) -> tuple[Tensor, Tuning | None]:
+        """Points and tuning of the run that this one goes on from; no tuning where its mass matrix is not known."""
+        self._no_initial()
         points = state["position"].to(dtype=density.dtype, device=density.device)
         shape = (self.num_chains, *density.batch_shape, density.dim)
         if points.shape != shape:

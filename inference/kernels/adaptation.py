@@ -12,9 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-GAMMA, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging
+GAMMA, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging,
+AHEAD = 2.302585092994046  # which looks for step sizes around ten times the first
 SHRINK_FROM, SMALL = 5.0, 1e-3  # draws that the small variance counts for, and its size
-FIRST, SECOND, LAST = 0.15, 0.25, 0.1  # shares of the warm-up: before the windows, the first window at most, the end
+FIRST, SECOND, LAST = 0.1, 0.15, 0.25  # shares of the warm-up: before the windows, the first window at most, the end
 
 
 class Warmup(NamedTuple):
@@ -29,6 +30,7 @@ class Warmup(NamedTuple):
     mean: Tensor  # of the draws in this window, and the sum of their squared distances
     squares: Tensor
     draws: Tensor
+    windows: Tensor  # that have ended
 
 
 def begin(step_size: Tensor, inverse_mass: Tensor) -> Warmup:
@@ -37,8 +39,8 @@ def begin(step_size: Tensor, inverse_mass: Tensor) -> Warmup:
     none = torch.zeros_like(inverse_mass)
     # one tensor each: they are written apart
     return Warmup(
-        log_step, log_step.clone(), log_step + 2.302585092994046, zero, zero.clone(), inverse_mass, none, none.clone(),
-        zero.clone(),
+        log_step, log_step.clone(), log_step + AHEAD, zero, zero.clone(), inverse_mass, none, none.clone(),
+        zero.clone(), zero.clone(),
     )  # fmt: skip
 
 
@@ -84,18 +86,21 @@ def update(
         draws[:, None] + SHRINK_FROM
     )
     inverse_mass = torch.where(ends[:, None] & (draws > 2)[:, None], variance, w.inverse_mass)
-    # another mass wants another step size: dual averaging begins again around the one found so far
-    shift = torch.where(ends, log_step_mean + 2.302585092994046, w.shift)
+    # the first mass wants another step size: dual averaging begins again around the one found so far; later ones
+    # change little, and it goes on
+    anew = ends & (w.windows == 0)
+    shift = torch.where(anew, log_step_mean + AHEAD, w.shift)
     return Warmup(
-        torch.where(active, torch.where(ends, log_step_mean, log_step), w.log_step),
+        torch.where(active, torch.where(anew, log_step_mean, log_step), w.log_step),
         torch.where(active, log_step_mean, w.log_step_mean),
         shift,
-        torch.where(ends, 0.0, torch.where(active, error, w.error)),
-        torch.where(ends, 0.0, torch.where(active, steps, w.steps)),
+        torch.where(anew, 0.0, torch.where(active, error, w.error)),
+        torch.where(anew, 0.0, torch.where(active, steps, w.steps)),
         inverse_mass,
         torch.where(ends[:, None], 0.0, mean),
         torch.where(ends[:, None], 0.0, squares),
         torch.where(ends, 0.0, draws),
+        w.windows + ends.to(w.windows.dtype),
     )
 
 

@@ -2,7 +2,8 @@
 
     random walk   u' = u + eps sqrt(inverse mass) n
     Langevin      one leapfrog step (Besag 1994; Roberts & Tweedie 1996, doi:10.2307/3318418)
-    Hamiltonian   several, of one random size (Duane et al. 1987, doi:10.1016/0370-2693(87)91197-X)
+    Hamiltonian   several (Duane et al. 1987, doi:10.1016/0370-2693(87)91197-X), their number drawn for all lanes and
+                  their size for each, so that no trajectory comes back to where it began, again and again
 
 A kernel leaves invariant the density that a `Path` makes of the parts of a target; for the posterior it is the one part
 there is. It is bound to lanes once, which compiles it, and then moves whichever lanes stand there.
@@ -22,7 +23,7 @@ from ..lanes import Lanes
 from . import streams
 
 DIVERGENT = 1000.0  # nats of energy lost, from which on a trajectory counts as diverging
-JITTER = 0.2  # relative: step sizes are drawn afresh each time, so that no trajectory closes upon itself
+JITTER = 0.2  # relative, of the step sizes
 
 
 class Point(NamedTuple):
@@ -94,7 +95,7 @@ def kinetic(r: Tensor, inverse_mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HMC:
-    """`num_steps` leapfrog steps with fresh momenta. One step is Langevin's proposal."""
+    """1 to 2 `num_steps` - 1 leapfrog steps with fresh momenta. One step is Langevin's proposal."""
 
     num_steps: int = 10
     target_acceptance: float = 0.8
@@ -148,20 +149,23 @@ class _Hamiltonian:
         )
 
     def takes(self) -> int:
-        return streams.normals_take(self.dim) + 2
+        return streams.normals_take(self.dim) + 3
 
     def __call__(
         self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
     ) -> tuple[Point, Moved]:
+        # one number for all lanes, since they move in step; it depends on nothing that a lane has seen
+        coin = float(streams.uniforms(key[:1], counter[:1] + self.takes() - 1, 1))
+        num_steps = 1 + int((2 * self.num_steps - 1) * coin)
         r, slope, step, before, uniform = self.begin(*point, beta, step_size, inverse_mass, key, counter)
         u, values, gradients = point
-        for _ in range(self.num_steps):
+        for _ in range(num_steps):
             u, r, values, gradients, slope = self.leap(u, r, slope, beta, step, inverse_mass)
-        self.lanes.count(self.num_steps)
+        self.lanes.count(num_steps)
         *moved, acceptance, energy, lost = self.end(
             *point, u, values, gradients, r, beta, inverse_mass, before, uniform
         )
-        return Point(*moved), Moved(acceptance, energy, torch.full_like(acceptance, self.num_steps), lost)
+        return Point(*moved), Moved(acceptance, energy, torch.full_like(acceptance, num_steps), lost)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,362 @@
+"""Chains of every datum, moved together: warm-up and draws of any kernel on lanes, and the answer that is made of them.
+
+Each chain of each datum has its own step size, mass matrix and accept step, so that a hard datum costs its neighbours
+nothing. Kernels whose draws all cost the same move in step, block after block. The No-U-Turn sampler does not: there a
+lane starts its next draw when its tree is complete, whatever the others do, and when it has all its draws another
+chain takes its place.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .chains import AT_A_TIME, FAR_BELOW, FEW
+from .density import Density
+from .engine import Draws, Run
+from .kernels import adaptation, nuts, streams
+from .kernels.adaptation import Warmup
+from .kernels.metropolis import Kernel, Point, only
+from .lanes import Lanes
+from .problem import ProblemError
+
+SLOTS = 1024  # lanes that grow trees side by side, at most,
+TURNS = 4  # and at least so many chains for each: the last to finish leave the others idle
+FEWEST_SLOTS = 64
+SHRINK = 3  # when only so small a part is still at work, it moves to lanes of its own
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many draws of each chain, and how it is tuned."""
+
+    num_samples: int
+    warmup_steps: int
+    target_acceptance: float
+    step_size: float = 0.1  # where tuning begins
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Step sizes (L,) and inverse mass matrices (L, D) of all lanes."""
+
+    step_size: Tensor
+    inverse_mass: Tensor
+
+
+class Record:
+    """What is kept of L chains: positions (C, S, N, D), and figures (C, S, N) under arviz's names."""
+
+    def __init__(self, lanes: Lanes, draws: int, start: Tensor, figures: Mapping[str, torch.dtype]) -> None:
+        self.lanes = lanes
+        shape = (lanes.per_datum, draws, lanes.data)
+        self.positions = start.new_empty((*shape, start.shape[1]))
+        self.stats = {name: torch.zeros(shape, dtype=dtype, device=start.device) for name, dtype in figures.items()}
+        self.last = start.clone()  # (L, D)
+        self.step_size = torch.empty_like(start[:, 0])
+        self.inverse_mass = torch.empty_like(start)
+
+    def write(self, ids: Tensor, draw: int | Tensor, u: Tensor, **figures: Tensor) -> None:
+        """Draw number `draw` of the lanes `ids`."""
+        chain, datum = ids // self.lanes.data, ids % self.lanes.data
+        self.positions[chain, draw, datum] = u
+        for name, value in figures.items():
+            self.stats[name][chain, draw, datum] = value.to(self.stats[name].dtype)
+
+    def close(self, ids: Tensor, u: Tensor, step_size: Tensor, inverse_mass: Tensor) -> None:
+        """The lanes `ids` have all their draws."""
+        self.last[ids], self.step_size[ids], self.inverse_mass[ids] = u, step_size, inverse_mass
+
+
+def in_step(
+    density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule
+) -> tuple[Record, dict[str, float]]:
+    """Chains of a kernel whose transitions all cost the same, from `starts` (C, *batch, D)."""
+    flat = starts.reshape(-1, starts.shape[-1])
+    lanes, transition, learn = _bound(density, kernel, starts, plan)
+    figures = {"lp": flat.dtype, "acceptance_rate": flat.dtype, "energy": flat.dtype, "diverging": torch.bool,
+               "n_steps": torch.int64}  # fmt: skip
+    record = Record(lanes, plan.num_samples, flat, figures)
+    keys = streams.keys(_seed(run), lanes.total, flat.device)
+    ones = torch.ones(lanes.width, dtype=flat.dtype, device=flat.device)
+    inside, ends = adaptation.schedule(plan.warmup_steps)
+    warmup = 0 if tuned else plan.warmup_steps
+    blocks = -(-lanes.total // lanes.width)
+    for block, (ids, real) in enumerate(lanes.blocks()):
+        point = Point(flat[ids], *_evaluated(lanes, flat[ids]))
+        key, counter = keys[ids], torch.zeros_like(ids, device=flat.device)
+        step, mass = plan.step_size * ones, torch.ones_like(point.u)
+        with run.tuning():
+            w = adaptation.begin(step, mass)
+            for t in range(warmup):
+                point, moved = transition(point, ones, w.log_step.exp(), w.inverse_mass, key, counter)
+                counter = counter + transition.takes()
+                flags = (ones > 0, inside[t] & (ones > 0), ends[t] & (ones > 0))
+                w = Warmup(*learn(*w, point.u, moved.acceptance, *flags))
+                run.progress("warm-up", block * warmup + t + 1, blocks * warmup)
+        step, mass = adaptation.settled(w)
+        if tuned is not None:
+            step, mass = tuned.step_size[ids], tuned.inverse_mass[ids]
+        for s in range(plan.num_samples):
+            point, moved = transition(point, ones, step, mass, key, counter)
+            counter = counter + transition.takes()
+            record.write(
+                ids[:real], s, point.u[:real], lp=point.values[:real, 0], acceptance_rate=moved.acceptance[:real],
+                energy=moved.energy[:real], diverging=moved.diverging[:real], n_steps=moved.steps[:real],
+            )  # fmt: skip
+            run.progress("draws", block * plan.num_samples + s + 1, blocks * plan.num_samples)
+        record.close(ids[:real], point.u[:real], step[:real], mass[:real])
+    return record, {}
+
+
+def by_turns(
+    density: Density, max_depth: int, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule
+) -> tuple[Record, dict[str, float]]:
+    """Chains of the No-U-Turn sampler from `starts` (C, *batch, D); lanes start their draws when they are ready.
+
+    The figure `executed`: leapfrog steps that were computed for each one that a chain needed.
+    """
+    flat = starts.reshape(-1, starts.shape[-1])
+    total, warmup = len(flat), 0 if tuned else plan.warmup_steps
+    lanes, turn = _turning(density, starts, max_depth, plan, warmup, max(FEWEST_SLOTS, total // TURNS))
+    figures = {"lp": flat.dtype, "acceptance_rate": flat.dtype, "energy": flat.dtype, "diverging": torch.bool,
+               "n_steps": torch.int64, "tree_depth": torch.int64, "reached_max_treedepth": torch.bool}  # fmt: skip
+    record = Record(lanes, plan.num_samples, flat, figures)
+    keys = streams.keys(_seed(run), total, flat.device)
+    parts = [tuple(t[:real] for t in _evaluated(lanes, flat[ids])) for ids, real in lanes.blocks()]
+    everywhere = Point(flat, *(torch.cat(column) for column in zip(*parts, strict=True)))
+    first = Tuned(torch.full_like(flat[:, 0], plan.step_size), torch.ones_like(flat)) if tuned is None else tuned
+
+    def planted(ids: Tensor) -> tuple[Tensor, ...]:
+        """The state of chains at their beginning."""
+        point = Point(*(t[ids] for t in everywhere))
+        step, mass, key = first.step_size[ids], first.inverse_mass[ids], keys[ids]
+        none = torch.zeros_like(ids)
+        tree = nuts.plant(point, only, torch.ones_like(step), mass, key, none, max_depth)
+        return (*tree, *adaptation.begin(step, mass), none)
+
+    ids, fresh, finished = torch.arange(lanes.width), lanes.width, 0
+    lanes.place(ids)
+    state = planted(ids)
+    began, before, executed = time.perf_counter(), density.counts["gradients"], 0
+    needed, drawn = 0, 0  # leapfrog steps
+    while finished < total:
+        *state, done, acceptance, leaves, depth, energy, diverging = turn(*state)
+        executed += lanes.width
+        at = done.nonzero()[:, 0]
+        if not len(at):
+            continue
+        draw = state[-1][at]
+        at, draw = at[draw <= warmup + plan.num_samples], draw[draw <= warmup + plan.num_samples]
+        steps = leaves[at]
+        needed += int(steps.sum())
+        kept = draw > warmup
+        drawn += int(steps[kept].sum())
+        tree = nuts.Tree(*state[: len(nuts.Tree._fields)])
+        to, which = at[kept], draw[kept] - warmup - 1
+        record.write(
+            ids[to], which, tree.u[to], lp=tree.values[to, 0], acceptance_rate=acceptance[to], energy=energy[to],
+            diverging=diverging[to], n_steps=leaves[to], tree_depth=depth[to],
+            reached_max_treedepth=depth[to] >= max_depth,
+        )  # fmt: skip
+        over = at[draw == warmup + plan.num_samples]
+        if not len(over):
+            continue
+        w = Warmup(*state[len(nuts.Tree._fields) : -1])
+        record.close(ids[over], tree.u[over], w.log_step_mean[over].exp(), w.inverse_mass[over])
+        finished += len(over)
+        run.progress("chains", finished, total)
+        more = min(len(over), total - fresh)
+        if more:
+            ids = ids.clone()
+            ids[over[:more]] = torch.arange(fresh, fresh + more)
+            fresh += more
+            lanes.place(ids)
+            for tensor, new in zip(state, planted(ids[over[:more]]), strict=True):
+                tensor[over[:more]] = new
+        if total - finished <= lanes.width // SHRINK and lanes.width > FEWEST_SLOTS and not lanes.whole:
+            # few are left: they go on in narrower lanes
+            busy = (state[-1] < warmup + plan.num_samples).nonzero()[:, 0]
+            lanes, turn = _turning(density, starts, max_depth, plan, warmup, max(FEWEST_SLOTS, len(busy)))
+            spare = torch.arange(lanes.width) >= len(busy)
+            busy = busy[torch.arange(lanes.width) % len(busy)]
+            ids, state = ids[busy], [t[busy] for t in state]
+            state[-1][spare] = warmup + plan.num_samples + 1
+            lanes.place(ids)
+    lanes.count(executed / lanes.width)
+    share = 1 - drawn / max(needed, 1)
+    run.tuning_counts["gradients"] += share * (density.counts["gradients"] - before)
+    run.tuning_seconds += share * (time.perf_counter() - began)
+    return record, {"executed": executed / max(needed, 1)}
+
+
+def _turning(
+    density: Density, starts: Tensor, max_depth: int, plan: Schedule, warmup: int, width: int
+) -> tuple[Lanes, Any]:
+    """Lanes, and the compiled function that takes one leapfrog step of each and begins the next draw where one ends."""
+    chains, width = starts.shape[0], min(width, SLOTS)
+    key = ("by turns", chains, tuple(density.batch_shape), max_depth, warmup, plan.target_acceptance, width)
+
+    def make() -> tuple[Lanes, Any]:
+        lanes = Lanes(density, chains, width=width)
+        inside, ends = (t.to(starts.device) for t in adaptation.schedule(warmup))
+        trees = len(nuts.Tree._fields)
+
+        def turn(*state: Tensor) -> tuple[Tensor, ...]:
+            old, w, draw = nuts.Tree(*state[:trees]), Warmup(*state[trees:-1]), state[-1]
+            tuning = draw < warmup
+            ones = torch.ones_like(w.log_step)
+            step = torch.where(tuning, w.log_step, w.log_step_mean).exp()
+            new = nuts.grow(old, lanes, only, ones, step, w.inverse_mass, max_depth)
+            done = new.done
+            acceptance = new.acceptance / new.leaves.to(step)
+            if warmup:
+                at = draw.clamp_max(warmup - 1)
+                w = adaptation.update(w, new.u, acceptance, plan.target_acceptance, done & tuning, inside[at], ends[at])
+            point = Point(new.u, new.values, new.gradients)
+            next_one = nuts.plant(point, only, ones, w.inverse_mass, new.key, new.counter, max_depth)
+            tree = [
+                torch.where(done.reshape(-1, *[1] * (a.dim() - 1)), a, b) for a, b in zip(next_one, new, strict=True)
+            ]
+            stats = (done, acceptance, new.leaves, new.depth, new.energy, new.diverging)
+            return (*tree, *w, draw + done.to(draw.dtype), *stats)
+
+        flat = starts.reshape(-1, starts.shape[-1])[torch.arange(lanes.width)]
+        point = Point(flat, *lanes.evaluate(flat))
+        step, mass = torch.full_like(flat[:, 0], plan.step_size), torch.ones_like(flat)
+        none = torch.zeros_like(lanes.ids, device=flat.device)
+        examples = []
+        for k in range(2):
+            keys = streams.keys(k, lanes.width, flat.device)
+            tree = nuts.plant(point, only, torch.ones_like(step), mass, keys, none, max_depth)
+            examples.append((*tree, *adaptation.begin(step, mass), none.clone()))
+        return lanes, lanes.compile(turn, examples)
+
+    return _kept(density, key, make)
+
+
+def _bound(density: Density, kernel: Kernel, starts: Tensor, plan: Schedule) -> tuple[Lanes, Any, Any]:
+    """Lanes, the kernel on them, and the compiled update of its tuning."""
+    key = ("in step", kernel, starts.shape[0], tuple(density.batch_shape), plan.target_acceptance)
+
+    def make() -> tuple[Lanes, Any, Any]:
+        lanes = Lanes(density, starts.shape[0])
+        u = starts.reshape(-1, starts.shape[-1])[lanes.ids]
+        example = Point(u, *lanes.evaluate(u, kernel.gradient))
+        transition = kernel.bind(lanes, only, example)
+
+        def learn(*args: Tensor) -> tuple[Tensor, ...]:
+            position, acceptance, active, inside, ends = args[-5:]
+            w = Warmup(*args[:-5])
+            return adaptation.update(w, position, acceptance, plan.target_acceptance, active, inside, ends)
+
+        ones = torch.ones_like(u[:, 0])
+        w = adaptation.begin(ones, torch.ones_like(u))
+        examples = [(*w, u, 0.5 * ones, ones > 0, ones > k, ones > 1 - k) for k in range(2)]
+        return lanes, transition, lanes.compile(learn, examples)
+
+    return _kept(density, key, make)
+
+
+def _kept(density: Density, key: Any, make: Any) -> Any:
+    """What was made for this density before, on the rows that it sees now: an E-step is run many times."""
+    if key not in density.kept:
+        density.kept[key] = make()
+    density.kept[key][0].renew()
+    return density.kept[key]
+
+
+def _evaluated(lanes: Lanes, u: Tensor) -> tuple[Tensor, Tensor]:
+    with lanes.density.uncounted():
+        found = lanes.evaluate(u)
+    lanes.count(1)
+    return found
+
+
+def _seed(run: Run) -> int:
+    return int(run.seed.generate_state(1, np.uint64)[0]) >> 1
+
+
+def answer(density: Density, record: Record, figures: Mapping[str, float], notes: tuple[str, ...]) -> Draws:
+    """The draws of all chains of all data; `state` for a warm start, per chain and datum."""
+    lanes = record.lanes
+    batch = tuple(density.batch_shape)
+    positions = record.positions.flatten(0, 1).reshape(-1, *batch, record.positions.shape[-1])
+    values = _mapped(density, positions, lanes.per_datum)
+    stats = {name: value.reshape(*value.shape[:2], *batch) for name, value in record.stats.items()}
+    per_chain = (lanes.per_datum, *batch)
+    state = {
+        "position": record.last.reshape(*per_chain, -1),
+        "step_size": record.step_size.reshape(per_chain),
+        "inverse_mass": record.inverse_mass.reshape(*per_chain, -1),
+    }
+    return Draws(
+        values,
+        "mcmc",
+        sample_stats=stats,
+        state=state,
+        notes=notes,
+        alarms=(*_not_finite(stats["lp"]), *_stuck(stats["lp"])),
+        figures={name: torch.tensor(value) for name, value in figures.items()},
+    )
+
+
+def _mapped(density: Density, positions: Tensor, chains: int) -> dict[str, Tensor]:
+    """site -> (C, S, *batch, *event), of positions (C S, *batch, D), some at a time to keep memory small."""
+    rows = max(1, AT_A_TIME // max(1, positions[0].numel()))
+    found: dict[str, Tensor] = {}
+    for first, part in zip(range(0, len(positions), rows), positions.split(rows), strict=True):
+        for site, value in density.complete(part).items():
+            if site not in found:
+                found[site] = value.new_empty((len(positions), *value.shape[1:]))
+            found[site][first : first + rows] = value
+    return {site: value.unflatten(0, (chains, -1)) for site, value in found.items()}
+
+
+def _not_finite(lp: Tensor) -> Iterator[str]:
+    """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
+    broken = (~lp.isfinite()).all(1).any(0).flatten()
+    if bool(broken.any()):
+        yield f"the log density is not finite at {_listed(broken)}: their draws mean nothing"
+
+
+def _stuck(lp: Tensor) -> Iterator[str]:
+    """Data at which a chain stays far below the others, as `chains.far_below` judges it."""
+    if lp.shape[0] < 2 or lp.shape[1] < FEW:
+        return
+    lp = lp.flatten(2)
+    median = lp.median(1).values  # (C, N)
+    spread = 1.4826 * (lp - median[:, None]).abs().median(1).values
+    middle = median.argsort(0, descending=True)[(len(lp) - 1) // 2]
+    gap = median.gather(0, middle[None]) - median
+    lost = (gap > FAR_BELOW * spread.gather(0, middle[None])).any(0)
+    if bool(lost.any()):
+        yield (
+            f"a chain stays far below the others at {_listed(lost)}: it is stuck; run a longer warm-up, or start it "
+            "elsewhere (initial=...)"
+        )
+
+
+def _listed(which: Tensor) -> str:
+    at = which.nonzero()[:, 0].tolist()
+    more = f" and {len(at) - 5} more" if len(at) > 5 else ""
+    return f"{'data' if len(at) > 1 else 'datum'} {', '.join(map(str, at[:5]))}{more}"
+
+
+def earlier(state: Mapping[str, Tensor], density: Density, num_chains: int) -> tuple[Tensor, Tuned]:
+    """Points and tuning of the run that this one goes on from. Raises `ProblemError` where they do not fit."""
+    points = state["position"].to(dtype=density.dtype, device=density.device)
+    shape = (num_chains, *density.batch_shape, density.dim)
+    if points.shape != shape or "inverse_mass" not in state or state["step_size"].shape != shape[:-1]:
+        raise ProblemError(
+            f"the warm start holds positions of shape {tuple(points.shape)}, this run needs {shape}: same data, same "
+            "num_chains."
+        )
+    step, mass = (state[name].to(points) for name in ("step_size", "inverse_mass"))
+    return points, Tuned(step.reshape(-1), mass.reshape(-1, density.dim))
