@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,7 +22,8 @@ E_BFMI_CAUTION = 0.3
 DIVERGENT_BAD = 0.01  # share of the draws
 KISH_CAUTION, KISH_BAD = 20, 5  # draws that carry the weight
 K_HAT_CAUTION, K_HAT_BAD = 0.7, 1.0
-K_HAT_BAD_SHARE = 0.01  # among many data a few large k-hats are chance
+K_HAT_BAD_SHARE = 0.01  # among many data a few large k-hats are chance,
+BY_CHANCE = 0.01  # and so are a few large R-hats
 
 NEW_PROPOSAL = "draw more, or from a proposal closer to the posterior"
 NEW_GUIDE = "the guide misses part of the posterior, take a richer one, or correct it by importance sampling"
@@ -64,7 +66,9 @@ def diagnose(
 ) -> Diagnostics:
     """Judge draws by what can be known for their kind.
 
-    mcmc      r_hat (largest), ess_bulk and ess_tail (smallest), divergences, e_bfmi (smallest)
+    mcmc      r_hat (largest), ess_bulk and ess_tail (smallest), divergences, e_bfmi (smallest); where the batch has
+              several data, r_hat_per_datum, ess_bulk_per_datum and divergences_per_datum (*batch) too, and the verdict
+              goes by the share of the data that are beyond a threshold, since among many some are by chance
     weighted  ess (Kish: smallest over the batch), ess_median, k_hat (largest), k_hat_threshold, k_hat_high (share of
               the batch above it), of `guide_log_ratio` where it is given: the weights before smoothing, since k-hat
               of smoothed weights is too small; with `deterministic` (every state listed, a quadrature rule) none:
@@ -151,21 +155,35 @@ def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch
             figures |= {"r_hat": math.nan, "ess_bulk": math.nan, "ess_tail": math.nan}
         if chains == 1:
             findings.append(("caution", "one chain only, so R-hat is not available: run four (num_chains=4)"))
-        elif worst := _worst(rhat, draws, judged, largest=True):
-            figures["r_hat"], where = worst
-            level = _level(worst[0] < R_HAT_CAUTION, worst[0] >= R_HAT_BAD)
-            wish = f" (should be < {R_HAT_CAUTION}): chains disagree, run a longer warm-up"
-            findings.append((level, f"R-hat up to {worst[0]:.3f} at {where}" + wish * (level != "good")))
+        elif worst := _worst(rhat, draws, judged, batch_dims, largest=True):
+            figures["r_hat"], where, of_data = worst
+            beyond = partial(_share, of_data, figures["r_hat"], operator.ge)
+            level = _level_of(beyond(R_HAT_CAUTION), beyond(R_HAT_BAD), of_data)
+            wish = f" (should be < {R_HAT_CAUTION}{_some(of_data, beyond(R_HAT_CAUTION))}): chains disagree, run a "
+            text = f"R-hat up to {figures['r_hat']:.3f} at {where}"
+            findings.append((level, text + (wish + "longer warm-up") * (level != "good")))
+            if of_data is not None:
+                figures["r_hat_per_datum"] = of_data
         for kind in ("bulk", "tail"):
-            if worst := _worst(partial(ess, kind=kind), draws, judged, largest=False):
-                figures[f"ess_{kind}"], where = worst
-                level = _level(worst[0] > ESS_CAUTION * chains, worst[0] <= ESS_BAD * chains)
-                wish = f" (should be > {ESS_CAUTION * chains}): draw more"
-                findings.append((level, f"{kind} ESS down to {worst[0]:.0f} at {where}" + wish * (level != "good")))
+            if worst := _worst(partial(ess, kind=kind), draws, judged, batch_dims, largest=False):
+                figures[f"ess_{kind}"], where, of_data = worst
+                beyond = partial(_share, of_data, figures[f"ess_{kind}"], operator.le)
+                few = ESS_CAUTION * chains
+                level = _level_of(beyond(few), beyond(ESS_BAD * chains), of_data)
+                wish = f" (should be > {few}{_some(of_data, beyond(few))}): draw more"
+                text = f"{kind} ESS down to {figures[f'ess_{kind}']:.0f} at {where}"
+                findings.append((level, text + wish * (level != "good")))
+                if of_data is not None:
+                    figures[f"ess_{kind}_per_datum"] = of_data
     if "diverging" in sample_stats:
         diverging = sample_stats["diverging"]
         figures["divergences"] = count = int(diverging.sum())
         level = _level(count == 0, count > DIVERGENT_BAD * diverging.numel())
+        if batch_dims and diverging.dim() == 2 + batch_dims and diverging[0, 0].numel() > 1:
+            figures["divergences_per_datum"] = by_datum = diverging.sum((0, 1))
+            many = DIVERGENT_BAD * diverging.shape[:2].numel()
+            some, bad = (float((by_datum > limit).double().mean()) for limit in (0, many))
+            level = _level_of(some, bad, by_datum)
         wish = ": the sampler cannot follow the density, raise its target acceptance or reparameterise the model"
         text = f"{count} of {diverging.numel()} transitions diverged{wish}" if count else "no divergences"
         findings.append((level, text))
@@ -213,10 +231,13 @@ def _movement(site: str, values: Tensor, batch_dims: int, others: bool) -> tuple
 
 
 def _worst(
-    statistic: Callable[[Tensor], Tensor], draws: Mapping[str, Tensor], judged: Mapping[str, Tensor], largest: bool
-) -> tuple[float, str] | None:
-    """The worst value of a statistic over all judged scalars and where it is; nan is worse than any number."""
+    statistic: Callable[[Tensor], Tensor], draws: Mapping[str, Tensor], judged: Mapping[str, Tensor], batch_dims: int,
+    largest: bool,
+) -> tuple[float, str, Tensor | None] | None:  # fmt: skip
+    """The worst value of a statistic over all judged scalars, where it is, and the worst of each datum, (*batch), where
+    there are several; nan is worse than any number."""
     worst, worst_value, where = -math.inf, math.nan, ""
+    of_data: Tensor | None = None
     for site, which in judged.items():
         if which.any():
             found = statistic(draws[site])
@@ -226,7 +247,29 @@ def _worst(
             if not where or float(badness.flatten()[at]) > worst:
                 worst, worst_value = float(badness.flatten()[at]), float(found.flatten()[at])
                 where = _element(site, _unravel(at, found.shape))
-    return (worst_value, where) if where else None
+            own = badness.flatten(batch_dims).amax(-1) if badness.dim() > batch_dims else badness
+            of_data = own if of_data is None else torch.maximum(of_data, own)
+    if of_data is not None:
+        of_data = of_data if largest else -of_data
+    several = of_data is not None and batch_dims > 0 and of_data.numel() > 1
+    return (worst_value, where, of_data if several else None) if where else None
+
+
+def _share(of_data: Tensor | None, worst: float, beyond: Callable[[Any, float], Any], limit: float) -> float:
+    """The share of the data that are beyond a limit; of one datum it is all or nothing. nan is beyond."""
+    if of_data is None:
+        return float(not math.isfinite(worst) or beyond(worst, limit))
+    return float((beyond(of_data, limit) | ~of_data.isfinite()).double().mean())
+
+
+def _level_of(cautions: float, bads: float, of_data: Tensor | None) -> str:
+    """The level by the shares of the data that are beyond the two limits."""
+    tolerated = BY_CHANCE if of_data is not None else 0.0
+    return _level(cautions <= tolerated, bads > tolerated)
+
+
+def _some(of_data: Tensor | None, share: float) -> str:
+    return "" if of_data is None else f", and is not at {round(share * of_data.numel())} of {of_data.numel()} data"
 
 
 # ---------------------------------------------------------------------------------------------------------------

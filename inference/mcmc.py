@@ -8,6 +8,7 @@ chain takes its place.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -61,6 +62,7 @@ class Record:
         self.last = start.clone()  # (L, D)
         self.step_size = torch.empty_like(start[:, 0])
         self.inverse_mass = torch.empty_like(start)
+        self.figures: dict[str, float] = {}
 
     def write(self, ids: Tensor, draw: int | Tensor, u: Tensor, **figures: Tensor) -> None:
         """Draw number `draw` of the lanes `ids`."""
@@ -74,9 +76,7 @@ class Record:
         self.last[ids], self.step_size[ids], self.inverse_mass[ids] = u, step_size, inverse_mass
 
 
-def in_step(
-    density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule
-) -> tuple[Record, dict[str, float]]:
+def in_step(density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule) -> Record:
     """Chains of a kernel whose transitions all cost the same, from `starts` (C, *batch, D)."""
     flat = starts.reshape(-1, starts.shape[-1])
     lanes, transition, learn = _bound(density, kernel, starts, plan)
@@ -112,12 +112,10 @@ def in_step(
             )  # fmt: skip
             run.progress("draws", block * plan.num_samples + s + 1, blocks * plan.num_samples)
         record.close(ids[:real], point.u[:real], step[:real], mass[:real])
-    return record, {}
+    return record
 
 
-def by_turns(
-    density: Density, max_depth: int, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule
-) -> tuple[Record, dict[str, float]]:
+def by_turns(density: Density, max_depth: int, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule) -> Record:
     """Chains of the No-U-Turn sampler from `starts` (C, *batch, D); lanes start their draws when they are ready.
 
     The figure `executed`: leapfrog steps that were computed for each one that a chain needed.
@@ -143,7 +141,7 @@ def by_turns(
 
     ids, fresh, finished = torch.arange(lanes.width), lanes.width, 0
     lanes.place(ids)
-    state = planted(ids)
+    state = list(planted(ids))
     began, before, executed = time.perf_counter(), density.counts["gradients"], 0
     needed, drawn = 0, 0  # leapfrog steps
     while finished < total:
@@ -169,7 +167,8 @@ def by_turns(
         if not len(over):
             continue
         w = Warmup(*state[len(nuts.Tree._fields) : -1])
-        record.close(ids[over], tree.u[over], w.log_step_mean[over].exp(), w.inverse_mass[over])
+        step = w.log_step_mean[over].exp() if tuned is None else tuned.step_size[ids[over]]
+        record.close(ids[over], tree.u[over], step, w.inverse_mass[over])
         finished += len(over)
         run.progress("chains", finished, total)
         more = min(len(over), total - fresh)
@@ -193,14 +192,16 @@ def by_turns(
     share = 1 - drawn / max(needed, 1)
     run.tuning_counts["gradients"] += share * (density.counts["gradients"] - before)
     run.tuning_seconds += share * (time.perf_counter() - began)
-    return record, {"executed": executed / max(needed, 1)}
+    record.figures["executed"] = executed / max(needed, 1)
+    return record
 
 
 def _turning(
     density: Density, starts: Tensor, max_depth: int, plan: Schedule, warmup: int, width: int
 ) -> tuple[Lanes, Any]:
     """Lanes, and the compiled function that takes one leapfrog step of each and begins the next draw where one ends."""
-    chains, width = starts.shape[0], min(width, SLOTS)
+    # few widths, for the cache's sake; and whole vectors, so that a lane is computed alike wherever it stands
+    chains, width = starts.shape[0], min(SLOTS, FEWEST_SLOTS * 2 ** math.ceil(math.log2(max(1, width / FEWEST_SLOTS))))
     key = ("by turns", chains, tuple(density.batch_shape), max_depth, warmup, plan.target_acceptance, width)
 
     def make() -> tuple[Lanes, Any]:
@@ -283,7 +284,7 @@ def _seed(run: Run) -> int:
     return int(run.seed.generate_state(1, np.uint64)[0]) >> 1
 
 
-def answer(density: Density, record: Record, figures: Mapping[str, float], notes: tuple[str, ...]) -> Draws:
+def answer(density: Density, record: Record, notes: tuple[str, ...]) -> Draws:
     """The draws of all chains of all data; `state` for a warm start, per chain and datum."""
     lanes = record.lanes
     batch = tuple(density.batch_shape)
@@ -291,6 +292,7 @@ def answer(density: Density, record: Record, figures: Mapping[str, float], notes
     values = _mapped(density, positions, lanes.per_datum)
     stats = {name: value.reshape(*value.shape[:2], *batch) for name, value in record.stats.items()}
     per_chain = (lanes.per_datum, *batch)
+    stats["step_size"] = record.step_size.reshape(per_chain)[:, None].expand_as(stats["lp"])
     state = {
         "position": record.last.reshape(*per_chain, -1),
         "step_size": record.step_size.reshape(per_chain),
@@ -303,7 +305,7 @@ def answer(density: Density, record: Record, figures: Mapping[str, float], notes
         state=state,
         notes=notes,
         alarms=(*_not_finite(stats["lp"]), *_stuck(stats["lp"])),
-        figures={name: torch.tensor(value) for name, value in figures.items()},
+        figures={name: torch.tensor(value) for name, value in record.figures.items()},
     )
 
 
@@ -321,7 +323,7 @@ def _mapped(density: Density, positions: Tensor, chains: int) -> dict[str, Tenso
 
 def _not_finite(lp: Tensor) -> Iterator[str]:
     """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
-    broken = (~lp.isfinite()).all(1).any(0).flatten()
+    broken = (~lp.isfinite()).all(1).any(0).reshape(-1)
     if bool(broken.any()):
         yield f"the log density is not finite at {_listed(broken)}: their draws mean nothing"
 
@@ -330,7 +332,7 @@ def _stuck(lp: Tensor) -> Iterator[str]:
     """Data at which a chain stays far below the others, as `chains.far_below` judges it."""
     if lp.shape[0] < 2 or lp.shape[1] < FEW:
         return
-    lp = lp.flatten(2)
+    lp = lp.reshape(*lp.shape[:2], -1)
     median = lp.median(1).values  # (C, N)
     spread = 1.4826 * (lp - median[:, None]).abs().median(1).values
     middle = median.argsort(0, descending=True)[(len(lp) - 1) // 2]
@@ -347,6 +349,15 @@ def _listed(which: Tensor) -> str:
     at = which.nonzero()[:, 0].tolist()
     more = f" and {len(at) - 5} more" if len(at) > 5 else ""
     return f"{'data' if len(at) > 1 else 'datum'} {', '.join(map(str, at[:5]))}{more}"
+
+
+def why_not(density: Density, sampler: str) -> str:
+    """Why a sampler of continuous latents cannot run, in words; '' where it can."""
+    if not density.continuous:
+        return f"the latents are all discrete; {sampler} moves continuous ones (enumeration serves these)"
+    if density.unlisted:
+        return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
+    return ""
 
 
 def earlier(state: Mapping[str, Tensor], density: Density, num_chains: int) -> tuple[Tensor, Tuned]:

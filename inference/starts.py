@@ -67,8 +67,7 @@ def _apart(density: Density, run: Run, num_chains: int, tries: int) -> Tensor:
         usable = good if usable is None else usable | good
         if bool(usable.all()):
             break
-    assert points is not None and usable is not None
-    if not bool(usable.any()):
+    if points is None or usable is None or not bool(usable.any()):
         raise EngineError(_hopeless(tries, ""))
     return torch.where(points.isfinite(), points, 0.0)
 
@@ -99,8 +98,8 @@ def _start(density: Density, given: Mapping[str, Tensor], tries: int, chain: int
 
 def _hopeless(tries: int, reason: str) -> str:
     return (
-        f"no start with a finite log density and gradient in {tries} draws of the prior{reason}; check the scale of the "
-        "prior and the support of the data"
+        f"no start with a finite log density and gradient in {tries} draws of the prior{reason}; check the scale of "
+        "the prior and the support of the data"
     )
 
 

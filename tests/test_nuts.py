@@ -135,7 +135,7 @@ def test_without_a_nutpie_that_is_known_pyros_kernel_takes_its_place_and_says_so
         monkeypatch.setitem(private.SIGNATURES, "PySampler.from_pymc", "(settings, cores, model, store)")
         reason = r"nutpie 0\.16\.8 is not .*: it changed PySampler\.from_pymc$"
     engine = {"num_samples": 5, "warmup_steps": 5, "num_chains": 2}
-    posterior = infer(conjugate_gaussian.problem(num_data=2), NUTS(**engine), seed=3)
+    posterior = infer(conjugate_gaussian.problem(num_data=2), NUTS(**engine, backend="nutpie"), seed=3)
     private.load.cache_clear()
     assert any(re.search(r"Pyro's own kernel.*took the place of nutpie: " + reason, n) for n in notes(posterior))
     pyros = infer(conjugate_gaussian.problem(num_data=2), NUTS(**engine, backend="pyro"), seed=3)

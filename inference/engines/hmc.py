@@ -53,11 +53,7 @@ class HMC:
             raise ProblemError(f"HMC(initial=...): expected site -> values, got {type(self.initial).__name__}.")
 
     def supports(self, density: Density) -> str:
-        if not density.continuous:
-            return "the latents are all discrete; HMC moves continuous ones (enumeration serves these)"
-        if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
-        return ""
+        return mcmc.why_not(density, "HMC")
 
     def run(self, density: Density, run: Run) -> Draws:
         target = self.target_acceptance or (0.574 if self.num_steps == 1 else 0.8)
@@ -70,5 +66,5 @@ class HMC:
             with run.tuning():
                 points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, target, self.step_size)
-        record, figures = mcmc.in_step(density, Kernel(self.num_steps, target), points, tuned, run, plan)
-        return mcmc.answer(density, record, figures, ())
+        kernel = Kernel(self.num_steps, target)
+        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan), ())

@@ -67,11 +67,7 @@ class NUTS:
             raise ProblemError(f"NUTS(initial=...): expected site -> values, got {type(self.initial).__name__}.")
 
     def supports(self, density: Density) -> str:
-        if not density.continuous:
-            return "the latents are all discrete; NUTS moves continuous ones (enumeration serves these)"
-        if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
-        return ""
+        return mcmc.why_not(density, "NUTS")
 
     def run(self, density: Density, run: Run) -> Draws:
         if self.backend == "lanes" or (
@@ -114,8 +110,7 @@ class NUTS:
             with run.tuning():
                 points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance)
-        record, figures = mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan)
-        return mcmc.answer(density, record, figures, ())
+        return mcmc.answer(density, mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan), ())
 
     def _no_initial(self) -> None:
         if self.initial is not None:

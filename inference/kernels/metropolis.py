@@ -55,8 +55,12 @@ def only(beta: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 class Kernel(Protocol):
     """Settings of a kernel."""
 
-    gradient: bool  # whether it needs gradients of the parts
-    target_acceptance: float
+    @property
+    def gradient(self) -> bool:
+        """Whether it needs gradients of the parts."""
+
+    @property
+    def target_acceptance(self) -> float: ...
 
     def bind(self, lanes: Lanes, path: Path, example: Point) -> Transition: ...
 
@@ -95,14 +99,18 @@ def kinetic(r: Tensor, inverse_mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HMC:
-    """1 to 2 `num_steps` - 1 leapfrog steps with fresh momenta. One step is Langevin's proposal."""
+    """1 to 2 `num_steps` - 1 leapfrog steps with fresh momenta. One step is Langevin's proposal.
+
+    varied  False: always `num_steps`, so that no lane's moves depend on which lane stands first, whose number decides
+    """
 
     num_steps: int = 10
     target_acceptance: float = 0.8
     gradient: bool = True
+    varied: bool = True
 
     def bind(self, lanes: Lanes, path: Path, example: Point) -> Transition:
-        return _Hamiltonian(self.num_steps, lanes, path, example)
+        return _Hamiltonian(self.num_steps, self.varied, lanes, path, example)
 
 
 def langevin() -> HMC:
@@ -112,8 +120,8 @@ def langevin() -> HMC:
 
 
 class _Hamiltonian:
-    def __init__(self, num_steps: int, lanes: Lanes, path: Path, example: Point) -> None:
-        self.num_steps, self.lanes, self.path = num_steps, lanes, path
+    def __init__(self, num_steps: int, varied: bool, lanes: Lanes, path: Path, example: Point) -> None:
+        self.num_steps, self.varied, self.lanes, self.path = num_steps, varied, lanes, path
         self.dim = dim = example.u.shape[1]
         dtype, used = example.u.dtype, streams.normals_take(dim)
 
@@ -137,15 +145,25 @@ class _Hamiltonian:
             return (*point, acceptance, torch.where(uniform < acceptance, after, before), lost)
 
         ones, mass = torch.ones_like(example.u[:, 0]), torch.ones_like(example.u)
-        starts = [
-            (*example, ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), torch.zeros_like(lanes.ids))
-            for k in range(2)
-        ]
-        self.begin = lanes.compile(begin, starts)
-        begun = [self.begin(*start) for start in starts]
-        self.leap = lanes.compile(leap, [(example.u, r, slope, ones, step, mass) for r, slope, step, *_ in begun])
+        # what the target has no part in is compared at figures of moderate size: extreme data must not decide
+        plain = [Point(*(torch.cos(torch.arange(t.numel(), device=t.device) + k).reshape(t.shape).to(t)
+                         for t in example)) for k in range(3)]  # fmt: skip
+        self.begin = lanes.compile(
+            begin,
+            [
+                (*point, ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), torch.zeros_like(lanes.ids))
+                for k, point in enumerate(plain[:2])
+            ],
+        )
+        self.leap = lanes.compile(
+            leap, [(example.u, other.u, other.gradients.sum(1), ones, 0.1 * ones, mass) for other in plain[:2]]
+        )
         self.end = lanes.compile(
-            end, [(*example, *example, r, ones, mass, energy, uniform) for r, _, _, energy, uniform in begun]
+            end,
+            [
+                (*old, *new, new.u, ones, mass, old.values[:, 0], 0.5 + 0.4 * new.values[:, 0])
+                for old, new in (plain[:2], plain[1:])
+            ],
         )
 
     def takes(self) -> int:
@@ -154,9 +172,11 @@ class _Hamiltonian:
     def __call__(
         self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
     ) -> tuple[Point, Moved]:
-        # one number for all lanes, since they move in step; it depends on nothing that a lane has seen
-        coin = float(streams.uniforms(key[:1], counter[:1] + self.takes() - 1, 1))
-        num_steps = 1 + int((2 * self.num_steps - 1) * coin)
+        num_steps = self.num_steps
+        if self.varied:
+            # one number for all lanes, since they move in step; it depends on nothing that a lane has seen
+            coin = float(streams.uniforms(key[:1], counter[:1] + self.takes() - 1, 1))
+            num_steps = 1 + int((2 * self.num_steps - 1) * coin)
         r, slope, step, before, uniform = self.begin(*point, beta, step_size, inverse_mass, key, counter)
         u, values, gradients = point
         for _ in range(num_steps):
