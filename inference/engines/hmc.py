@@ -34,6 +34,7 @@ class HMC:
     """
 
     name: ClassVar[str] = "hmc"
+    persistent: ClassVar[bool] = True  # the state is per chain and datum
     num_samples: int = 1000
     warmup_steps: int = 500
     num_chains: int = 4

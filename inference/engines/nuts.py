@@ -52,6 +52,11 @@ class NUTS:
     initial_tries: int = 100
     backend: str = "auto"
 
+    @property
+    def persistent(self) -> bool:
+        """Whether the state is per chain and datum."""
+        return self.backend in ("auto", "lanes") and self.mass_matrix == "diagonal"
+
     def __post_init__(self) -> None:
         check_positive(self, "target_acceptance")
         if self.target_acceptance >= 1:

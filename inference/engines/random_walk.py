@@ -31,6 +31,7 @@ class RandomWalk:
     """
 
     name: ClassVar[str] = "random_walk"
+    persistent: ClassVar[bool] = True  # the state is per chain and datum
     num_samples: int = 5000
     warmup_steps: int = 2000
     num_chains: int = 4

@@ -95,13 +95,13 @@ class EM:
         batches = minibatches(density, self.batch_size)
         writer = TrailWriter("estimate", 1)
         draws: Draws | None = None
-        warm: dict[str, Tensor] = {}
+        chains = _Chains(density, persistent=getattr(engine, "persistent", False))
         notes: tuple[str, ...] = ()
         for step in range(self.num_steps):
             index = next(batches)
             with nullcontext() if index is None else density.minibatch(index):
-                draws = self._expect(engine, density, run.child(step, warm))
-                warm = dict(draws.state) if index is None else {}
+                draws = self._expect(engine, density, run.child(step, chains.of(index)))
+                chains.keep(index, draws.state)
                 if draws.log_evidence is not None:
                     evidence = draws.log_evidence
                     value, error = evidence.total()
@@ -120,7 +120,7 @@ class EM:
                 break
             run.progress("EM steps", step + 1, self.num_steps)
         if self.batch_size is None:
-            draws = self._expect(engine, density, run.child(self.num_steps, warm))
+            draws = self._expect(engine, density, run.child(self.num_steps, chains.of(None)))
             if draws.log_evidence is not None:
                 writer.add(step + 1, *draws.log_evidence.total())
         return Learned(writer.trail(), None if self.batch_size is not None else draws, notes)
@@ -164,6 +164,34 @@ class EM:
         if density.problem.m_step is not None and self.batch_size is None:
             return "closed"
         return "full" if getattr(engine, "exact", False) and self.batch_size is None else "gradient"
+
+
+class _Chains:
+    """The state of an E-step, kept from one step to the next: of all data at once, or, where an engine's state is per
+    chain and datum, of each datum until it comes up again."""
+
+    def __init__(self, density: Density, persistent: bool) -> None:
+        self.data = density.batch_shape[0] if persistent and len(density.batch_shape) == 1 else 0
+        self.state: dict[str, Tensor] = {}
+        self.seen = torch.zeros(self.data, dtype=torch.bool)
+
+    def of(self, index: Tensor | None) -> dict[str, Tensor]:
+        """Where to go on from for these rows; {} where one of them has not been met."""
+        if index is None:
+            return self.state
+        if not self.data or not bool(self.seen[index.cpu()].all()):
+            return {}
+        return {name: value[:, index] for name, value in self.state.items()}
+
+    def keep(self, index: Tensor | None, state: Mapping[str, Tensor]) -> None:
+        if index is None:
+            self.state = dict(state)
+        elif self.data:
+            for name, value in state.items():  # (C, rows, ...)
+                if name not in self.state:
+                    self.state[name] = value.new_zeros((value.shape[0], self.data, *value.shape[2:]))
+                self.state[name][:, index] = value
+            self.seen[index.cpu()] = True
 
 
 def _closed_form(problem: Problem, draws: dict[str, Tensor], weights: Tensor, args: tuple[Any, ...]) -> Any:
