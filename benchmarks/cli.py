@@ -112,6 +112,55 @@ def compare(
     _deliver(comparison, comparison.to_json, json_path, ended)
 
 
+@main.command()
+@click.argument("model")
+@click.option("--learn", required=True, help="Learners with commas between, as in svi,wake_sleep,em:nuts.")
+@click.option(
+    "--evaluate",
+    default="auto",
+    show_default=True,
+    help="Who judges: reference (the truth), auto (that, or what comes nearest), or engines that give evidence.",
+)
+@click.option("--training", is_flag=True, help="Judge on the training data instead of the held-out ones.")
+@click.option("--gaps", "with_gaps", is_flag=True, help="Split each learner's loss: learning, family, amortisation.")
+@click.option("--family", default="AutoNormal", show_default=True, help="Of --gaps, or AutoMultivariateNormal.")
+@click.option(
+    "--worst",
+    "worst_path",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the data that the best learner's guide misses most, by k-hat, to this PNG.",
+)
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting, as for compare.")
+@seed_option
+@json_option
+@click.option("--device", help="Where to compute, as torch names it: cpu, cuda.")
+def square(
+    model: str,
+    learn: str,
+    evaluate: str,
+    training: bool,
+    with_gaps: bool,
+    family: str,
+    worst_path: Path | None,
+    assignments: tuple[str, ...],
+    seed: int,
+    json_path: Path | None,
+    device: str | None,
+) -> None:
+    """Train MODEL with each learner, judge each with every evaluator, on data not seen.
+
+    With --gaps a second table says where each learner's guide loses its nats.
+    """
+    _check_writable(json_path)
+    _check_writable(worst_path, "--worst")
+    from .crossing import Plan, run
+
+    plan = Plan(model, learn, evaluate, training, with_gaps, family, worst_path, assignments, seed, device)
+    with _announcer() as announce:
+        results = run(plan, announce, announce.progress, _collect)
+    _deliver(results, results.to_json, json_path, results.ended)
+
+
 @main.command(name="list")
 def list_() -> None:
     """List the models, engines and learners that can be named."""
@@ -327,7 +376,7 @@ def _deliver(
         raise ended
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(path: Path | None, option: str = "--json") -> None:
     """Found out now, not after minutes of work. Raises Mistake."""
     if path is not None and not path.absolute().parent.is_dir():
-        raise Mistake(f"--json {path}: there is no folder {path.absolute().parent}; make it first.")
+        raise Mistake(f"{option} {path}: there is no folder {path.absolute().parent}; make it first.")

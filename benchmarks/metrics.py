@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,10 @@ from torch import Tensor
 from pyrometer.inference import Enumeration, ImportanceSampling, Posterior, Problem, ProblemError, infer
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import why_not
-from pyrometer.inference.posterior import Evidence
+from pyrometer.inference.learn import Fit
+from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
+from pyrometer.inference.registry import as_engine
 
 # Below this spread, relative to the mean, a reference sd is rounding: differences are not divided by less.
 SMALLEST_SD = 1e-8
@@ -135,52 +138,150 @@ def _place(error: Tensor) -> str:
     return str([int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape)])
 
 
+@dataclass(frozen=True, eq=False)
+class Judged:
+    """log p_theta(x) of each datum by one estimator: `evidence` of shape (*batch), or None and a status that says why.
+
+    `posterior` is the engine's answer, where an engine was asked.
+    """
+
+    evidence: Evidence | None
+    estimator: str
+    level: str = "unknown"
+    verdict: str = ""
+    status: Status = field(default_factory=lambda: Status("done"))
+    cost: Cost = field(default_factory=Cost)
+    posterior: Posterior | None = None
+
+
+def log_likelihood(
+    problem: Problem, parameters: Mapping[str, Tensor] | Fit, method: Any = "auto", seed: int = 0, **running: Any
+) -> Judged:
+    """log p_theta(x) of the problem's own data, at this theta, by
+
+    'auto'       the truth where the problem knows it at any theta; exact where there are no latents or they can be
+                 listed; elsewhere importance sampling, 1,000 draws per datum from a Laplace approximation
+    'reference'  the truth and nothing else
+    an engine    by name, class or instance; its evidence is of the kind that it says (a lower bound from SVI)
+
+    theta alone is handed on, so that no learner is judged by a guide of its own making. Only a proposal that *is* the
+    guide (`ImportanceSampling(proposal="guide")`) is given phi too, where a `Fit` brings it.
+    What has no evidence, fails or is not finite somewhere is a status with the reason, never a number.
+    `running` is for `infer`: progress, device. Raises ProblemError for an unknown name and an unusable problem.
+    """
+    theta = parameters.parameters if isinstance(parameters, Fit) else parameters
+    if isinstance(method, str) and method in BY_PROBLEM:
+        judged = _by_problem(problem, theta, method)
+        if judged is not None:
+            return _finite(judged)
+        method = _unlisted_or_exact(problem)
+    engine = as_engine(method)
+    given = parameters if getattr(engine, "proposal", None) == "guide" else theta
+    posterior = infer(problem, engine, seed=seed, parameters=given, **running)
+    answer = Judged(posterior.log_evidence, posterior.engine, status=posterior.status, cost=posterior.cost)
+    if not posterior.status.done:
+        return replace(answer, evidence=None)
+    diagnostics = posterior.diagnostics
+    answer = replace(answer, posterior=posterior, level=diagnostics.level, verdict=diagnostics.verdict)
+    if posterior.log_evidence is None:
+        return replace(answer, status=_not_available(f"{engine.name} gives no evidence"))
+    return _finite(answer)
+
+
+BY_PROBLEM = ("auto", "reference")  # methods that are no engines
+
+
+def _by_problem(problem: Problem, theta: Mapping[str, Tensor], method: str) -> Judged | None:
+    """By the truth, or without latents; None where 'auto' has to ask an engine."""
+    strict = method == "reference"
+    # a fixed reference belongs to the theta that the problem came with, and theta is learned here
+    fixed = isinstance(problem.reference, Reference)
+    try:
+        truth = Reference("none", provenance="it was given for one theta") if fixed else problem.reference_at(theta)
+    except ProblemError:
+        raise
+    except Exception as error:
+        return Judged(None, "truth", status=Status("failed", f"the reference: {type(error).__name__}: {error}"))
+    if truth.log_evidence is not None and (strict or truth.kind in ("exact", "quadrature")):
+        return Judged(truth.log_evidence, f"truth ({truth.kind})", "good", truth.provenance)
+    if strict:
+        reason = f"the reference has no evidence here: {truth.provenance or truth.kind}"
+        return Judged(None, "truth", status=_not_available(reason))
+    density = Density(problem, parameters=theta)
+    if density.latents:
+        return None
+    with torch.no_grad():
+        return Judged(Evidence(density.log_likelihood({}), torch.zeros(()), "exact"), "exact", "good", "exact")
+
+
+def _unlisted_or_exact(problem: Problem) -> Any:
+    """Enumeration where the latents can be listed; else the one estimator for all, which owes nothing to a guide."""
+    exact = Enumeration()
+    return ImportanceSampling(proposal="laplace", num_samples=1000) if why_not(problem, exact) else exact
+
+
+def _not_available(reason: str) -> Status:
+    return Status("unsupported", f"not available: {reason}")
+
+
+def _finite(judged: Judged) -> Judged:
+    if judged.evidence is None or bool(judged.evidence.value.isfinite().all()):
+        return judged
+    bad = (~judged.evidence.value.isfinite()).flatten().nonzero().flatten().tolist()
+    reason = f"log p(x) is not finite at {len(bad)} of {judged.evidence.value.numel()} data, first {bad[:5]}"
+    return replace(judged, evidence=None, status=Status("failed", reason))
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """Mean log p_theta(x) in nats over `data` held-out data points, by one estimator for every learner.
 
     `std_error` is the estimator's own Monte Carlo error; `data_error` is the spread over the test data, sd / sqrt(n):
     what another test set of this size would change (None: one datum). `level` and `verdict` come with the estimate.
+    `kind` is that of the evidence: 'exact', 'estimate' or 'lower bound'. Where `status` is not 'done' there is no
+    number: `value` and both errors are None.
     """
 
-    value: float
-    std_error: float
+    value: float | None
+    std_error: float | None
     data_error: float | None
     data: int
     estimator: str
     level: str
     verdict: str
+    kind: str = "estimate"
+    status: Status = field(default_factory=lambda: Status("done"))
 
 
-def held_out_log_likelihood(problem: Problem, parameters: Mapping[str, Tensor], seed: int = 0) -> HeldOut | None:
+def held_out_log_likelihood(
+    problem: Problem, parameters: Mapping[str, Tensor] | Fit, method: Any = "auto", seed: int = 0
+) -> HeldOut | None:
     """log p_theta(x) of the held-out data per datum, at this theta; None where there are no such data.
 
-    The truth where the problem knows it at any theta; exact where there are no latents or they can be listed;
-    elsewhere importance sampling with 1,000 draws per datum from a Laplace approximation, which owes nothing to any
-    learner's guide. Which of these depends on the problem alone, so it is the same for all learners.
-    Raises ProblemError where it cannot run.
+    `method` as for `log_likelihood`. 'auto' depends on the problem alone, so it is the same for all learners, and
+    raises ProblemError where it cannot run. Any other method that has no evidence says 'not available' and why.
     """
     if problem.held_out is None:
         return None
-    unseen = problem.on_held_out()
-    truth = unseen.reference_at(parameters)
-    if truth.kind in ("exact", "quadrature") and truth.log_evidence is not None:
-        return _held_out(truth.log_evidence, f"truth ({truth.kind})", "good", truth.provenance)
-    density = Density(unseen, parameters=parameters)
-    if not density.latents:
-        with torch.no_grad():
-            return _held_out(Evidence(density.log_likelihood({}), torch.zeros(()), "exact"), "exact", "good", "exact")
-    exact = Enumeration()
-    engine = ImportanceSampling(proposal="laplace", num_samples=1000) if why_not(unseen, exact) else exact
-    posterior = infer(unseen, engine, seed=seed, parameters=parameters)
-    if not posterior.status.done or posterior.log_evidence is None:
-        raise ProblemError(f"held-out log-likelihood by {posterior.engine}: {posterior.status}.")
-    diagnostics = posterior.diagnostics
-    return _held_out(posterior.log_evidence, posterior.engine, diagnostics.level, diagnostics.verdict)
+    judged = log_likelihood(problem.on_held_out(), parameters, method, seed)
+    if judged.evidence is None:
+        if isinstance(method, str) and method == "auto":
+            raise ProblemError(f"held-out log-likelihood by {judged.estimator}: {judged.status}.")
+        return HeldOut(None, None, None, 0, judged.estimator, "unknown", "", "", judged.status)
+    value, std_error = judged.evidence.per_datum()
+    return HeldOut(
+        value,
+        std_error,
+        data_error(judged.evidence.value),
+        judged.evidence.value.numel(),
+        judged.estimator,
+        judged.level,
+        judged.verdict,
+        judged.evidence.kind,
+    )
 
 
-def _held_out(evidence: Evidence, estimator: str, level: str, verdict: str) -> HeldOut:
-    value, std_error = evidence.per_datum()
-    count = evidence.value.numel()
-    data_error = float(evidence.value.std(correction=1)) / math.sqrt(count) if count > 1 else None
-    return HeldOut(value, std_error, data_error, count, estimator, level, verdict)
+def data_error(values: Tensor) -> float | None:
+    """sd / sqrt(n) over data: what other data of this number would change in their mean; None for one datum."""
+    count = values.numel()
+    return float(values.std(correction=1)) / math.sqrt(count) if count > 1 else None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import METRICS, Score
+from .metrics import METRICS, HeldOut, Score
 
 if TYPE_CHECKING:
     from .comparison import Comparison, PerDatum, Row, Theta
@@ -51,9 +52,13 @@ class Style:
     ge: str
 
 
+def style_of(width: int, ascii_only: bool) -> Style:
+    return Style(width, "+-", ">=") if ascii_only else Style(width, "\u00b1", "\u2265")
+
+
 def render(comparison: Comparison, width: int = 120, ascii_only: bool = False) -> RenderableType:
     """The title, the table of learners (where theta was learned), the table of engines, the notes and the legend."""
-    style = Style(width, "+-", ">=") if ascii_only else Style(width, "\u00b1", "\u2265")
+    style = style_of(width, ascii_only)
     notes = Notes()
     learned = [theta for theta in comparison.thetas if theta.learner]
     parts: list[RenderableType] = [_title(comparison)]
@@ -65,18 +70,23 @@ def render(comparison: Comparison, width: int = 120, ascii_only: bool = False) -
         if metrics[SHOWN_FIRST:]:
             parts += [_more(comparison, theta, metrics[SHOWN_FIRST:], style)]
     if notes.texts:
-        parts += [_listed(notes)]
+        parts += [listed(notes)]
     parts += ["\n".join(line.format(pm=style.pm, ge=style.ge) for line in LEGEND)]
     return Group(*(item for part in parts for item in (Text(part) if isinstance(part, str) else part, Text(""))))
 
 
 def _title(comparison: Comparison) -> str:
-    data = ", ".join("x".join(map(str, d)) if isinstance(d, list) else d for d in comparison.problem.get("data", ()))
+    data = shapes(comparison.problem.get("data", ()))
     ended = "" if comparison.complete else " (ended early: not all rows)"
-    return f"{comparison.problem.get('name', 'problem')}: data {data or 'none'}, seed {comparison.seed}{ended}"
+    return f"{comparison.problem.get('name', 'problem')}: data {data}, seed {comparison.seed}{ended}"
 
 
-def _table(style: Style, title: str, *columns: tuple[str, str, int]) -> Table:
+def shapes(described: Iterable[Any]) -> str:
+    """'100x64, 100', of the shapes that `describe` gives."""
+    return ", ".join("x".join(map(str, d)) if isinstance(d, list) else d for d in described) or "none"
+
+
+def table_of(style: Style, title: str, *columns: tuple[str, str, int]) -> Table:
     """Fixed widths: so the tables of all thetas line up, and what is too long is folded, never cut.
 
     Where there is less room the wide columns give way in proportion; the short ones would be unreadable.
@@ -92,7 +102,7 @@ def _table(style: Style, title: str, *columns: tuple[str, str, int]) -> Table:
 
 
 def _learners(thetas: list[Theta], notes: Notes, style: Style) -> Table:
-    table = _table(
+    table = table_of(
         style,
         "Learned theta, by its log-likelihood on data not seen",
         ("theta by", "left", 24),
@@ -107,27 +117,35 @@ def _learners(thetas: list[Theta], notes: Notes, style: Style) -> Table:
     )
     for theta in thetas:
         held_out = theta.held_out
-        trust = (held_out.level if held_out else "-") if theta.status.done else _state(theta.status.state)
-        reason = theta.status.reason or theta.held_out_reason or (held_out.verdict if held_out else "")
+        trust = (held_out.level if held_out else "-") if theta.status.done else state(theta.status.state)
+        reason = theta.status.reason or theta.held_out_reason
+        reason = reason or ((held_out.status.reason or held_out.verdict) if held_out else "")
         table.add_row(
             Text(theta.learner),
-            _with_error(held_out.value, held_out.std_error, style) if held_out else "-",
+            _held_out(held_out, style),
             f"{held_out.data_error:.2g}" if held_out and held_out.data_error is not None else "-",
             held_out.estimator if held_out else "-",
-            _coloured(trust),
-            _count(theta.cost.evaluations),
-            _count(theta.cost.gradients),
-            _seconds(theta.cost.seconds),
+            coloured(trust),
+            count(theta.cost.evaluations),
+            count(theta.cost.gradients),
+            seconds(theta.cost.seconds),
             notes.number(reason),
         )
     return table
+
+
+def _held_out(held_out: HeldOut | None, style: Style) -> str:
+    if held_out is None or held_out.value is None or held_out.std_error is None:
+        return "-"
+    sign = style.ge + " " if held_out.kind == "lower bound" else ""
+    return sign + with_error(held_out.value, held_out.std_error, style)
 
 
 def _engines(comparison: Comparison, theta: Theta, metrics: list[str], notes: Notes, style: Style) -> Table:
     """The truth at one theta, then what each engine says there."""
     rows = [row for row in comparison.rows if row.learner == theta.learner]
     shared = all(row.log_evidence is None or row.log_evidence.data == 1 for row in comparison.rows)
-    table = _table(
+    table = table_of(
         style,
         f"Engines at the theta learned by {theta.learner}" if theta.learner else "Engines",
         ("engine", "left", 24 + 18 * (SHOWN_FIRST - len(metrics))),
@@ -151,7 +169,7 @@ def _engines(comparison: Comparison, theta: Theta, metrics: list[str], notes: No
 
 def _more(comparison: Comparison, theta: Theta, metrics: list[str], style: Style) -> Table:
     """The measures beyond the first two, in the same form."""
-    table = _table(style, "", ("engine", "left", 24), *((f"{metric}\n(max)", "right", 17) for metric in metrics))
+    table = table_of(style, "", ("engine", "left", 24), *((f"{metric}\n(max)", "right", 17) for metric in metrics))
     for row in comparison.rows:
         if row.learner == theta.learner:
             table.add_row(Text(row.engine), *(_score(row.errors.get(metric)) for metric in metrics))
@@ -164,15 +182,15 @@ def _cells(row: Row, metrics: list[str], notes: Notes, style: Style) -> list[Ren
         Text(row.engine),
         *(_score(row.errors.get(metric)) for metric in metrics),
         _evidence(row.log_evidence, style),
-        _coloured(row.level if row.status.done else _state(row.status.state)),
-        _count(row.cost.evaluations),
-        _count(row.cost.gradients),
-        _seconds(row.cost.seconds),
+        coloured(row.level if row.status.done else state(row.status.state)),
+        count(row.cost.evaluations),
+        count(row.cost.gradients),
+        seconds(row.cost.seconds),
         notes.number(words),
     ]
 
 
-def _listed(notes: Notes) -> Table:
+def listed(notes: Notes) -> Table:
     table = Table.grid(padding=(0, 1))
     table.add_column(justify="right", no_wrap=True)
     table.add_column(overflow="fold")
@@ -181,12 +199,13 @@ def _listed(notes: Notes) -> Table:
     return table
 
 
-def _state(state: str) -> str:
+def state(state: str) -> str:
     return "cannot run" if state == "unsupported" else state
 
 
-def _coloured(word: str) -> Text:
-    return Text(word, style=COLOURS.get(word, ""))
+def coloured(word: str, of: str = "") -> Text:
+    """The word in its colour, or in that of another word."""
+    return Text(word, style=COLOURS.get(of or word, ""))
 
 
 def _score(score: Score | None) -> str:
@@ -201,11 +220,11 @@ def _evidence(evidence: PerDatum | None, style: Style) -> str:
     if evidence is None:
         return "-"
     sign = {"lower bound": style.ge + " ", "upper bound": "< "}.get(evidence.kind, "")
-    text = sign + _with_error(evidence.value, evidence.std_error, style)
+    text = sign + with_error(evidence.value, evidence.std_error, style)
     return f"{text}\niw {_evidence(evidence.refined, style)}" if evidence.refined else text
 
 
-def _with_error(value: float, error: float, style: Style) -> str:
+def with_error(value: float, error: float, style: Style) -> str:
     """To two digits of the error, four decimals at most; all four where there is no error."""
     if not (math.isfinite(value) and math.isfinite(error)):
         return f"{value:.4g} {style.pm} {error:.2g}"
@@ -215,12 +234,12 @@ def _with_error(value: float, error: float, style: Style) -> str:
     return f"{value:.{digits}f} {style.pm} {error:.{digits}f}"
 
 
-def _count(number: float) -> str:
+def count(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 
 
-def _seconds(seconds: float) -> str:
+def seconds(seconds: float) -> str:
     return f"{seconds:.0f}" if seconds >= 100 else f"{seconds:.1f}" if seconds >= 1 else f"{seconds:.2f}"

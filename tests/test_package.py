@@ -112,12 +112,15 @@ def test_only_interop_imports_arviz_and_xarray():
 
 
 def test_everything_imported_is_declared():
-    """By the project, or, in the files that measure other tools, by the extra that installs these."""
+    """By the project; in the files that measure other tools or draw pictures, by the extra that installs what these
+    need."""
     project = PYPROJECT["project"]
     for path in sources(*FOLDERS):
         declared = list(project["dependencies"])
         if ROOT / "benchmarks" / "speed" in path.parents:
             declared += project["optional-dependencies"]["peers"]
+        if path.name == "doubt.py":
+            declared += project["optional-dependencies"]["pictures"]
         outside = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"pyrometer"}
         names = {re.split("[<>=]", requirement)[0] for requirement in declared}
         assert {DISTRIBUTIONS.get(module, module) for module in outside} <= names, path

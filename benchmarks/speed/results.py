@@ -14,7 +14,7 @@ from .agreement import Disagreement, disagreements
 from .record import Estimate, Measurement, Plan, together
 from .tools import OURS
 
-UNITS = {"posterior": "ESS/s", "svi": "steps/s", "importance": "draws/s"}
+UNITS = {"posterior": "ESS/s", "per-datum": "ESS/s", "svi": "steps/s", "importance": "draws/s"}
 
 
 @dataclass(frozen=True)

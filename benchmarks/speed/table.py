@@ -25,6 +25,8 @@ LEGEND = (
 MEANING = {
     "posterior": "ESS: the smallest bulk effective sample size over the identified scalars. |z|: the largest "
     "difference to {to}, over means and mean squares, in standard errors.",
+    "per-datum": "ESS: the smallest bulk effective sample size over the scalars of the data that are judged. |z|: the "
+    "largest difference to {to}, over means and mean squares, in standard errors.",
     "svi": "warm, again, cold and cached are for {count} steps. loss: mean of the last hundred, in nats per datum; all "
     "start from the same weights and see the same data.",
     "importance": "times are for {count} draws. |z|: difference of the log evidence to {to}, in standard errors.",
@@ -71,7 +73,7 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("tool", no_wrap=True)
     agreement = "loss" if kind == "svi" else "|z|"
-    drawn = ("grad/s", "ESS") if kind == "posterior" else ()
+    drawn = ("grad/s", "ESS") if kind in ("posterior", "per-datum") else ()
     for title in (UNITS[kind], "ours/it", "warm s", "(least)", "again", "cold", "cached", *drawn, agreement, "bits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:

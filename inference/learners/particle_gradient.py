@@ -77,7 +77,9 @@ class ParticleGradient:
             return (scale * value.detach().sum(), slope, *filled)
 
         batches = minibatches(density, self.batch_size)
-        examples = [(particles,) if (b := next(batches)) is None else (particles[:, b], b) for _ in range(2)]
+        examples: list[tuple[Tensor, ...]] = [
+            (particles,) if (b := next(batches)) is None else (particles[:, b], b) for _ in range(2)
+        ]
         compiled = density.compile(step, examples, tensors, native=True)
         moves = make_optimizer(self.optimizer, tensors, self.learning_rate)
         writer = TrailWriter("estimate", self.num_steps)

@@ -11,6 +11,9 @@
         log_joint(z, data, xp)           log p(x, z) by hand, in nats; xp is numpy or jax.numpy
         identified(z)                    {name: array (C, S, ...)}: scalars with one meaning in every mode; of draws
                                          (C, S, *event) of the latents in numpy
+    'per-datum'    NUTS, four chains for each of many data; speed is effective draws per second of the worst datum
+        data(), problem(data), SHAPES, identified(z)        as above; draws (C, S, N, *event), unconstrained
+        log_joint(z, x, data, xp)        log p(x, z) of one datum by hand, in nats
     'svi'          steps of a VAE's fit; speed is steps per second
         SIZE                             a `_vae.Size`
     'importance'   prior draws weighted by the likelihood; speed is draws per second

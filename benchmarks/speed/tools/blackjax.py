@@ -57,10 +57,48 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def per_datum(case: ModuleType, plan: Plan) -> Prepared:
+    """A chain for each datum and chain, all as one vector."""
+    import blackjax
+    import jax
+    import jax.numpy as jnp
+
+    data = {name: jnp.asarray(value) for name, value in case.data().items()}
+    warmup = WARMUP if plan.warmup is None else plan.warmup
+    (name, shape), count = next(iter(case.SHAPES.items())), len(data["x"])
+
+    def chain(key: Any, x: Any) -> tuple[Any, Any]:
+        def log_density(z: Any) -> Any:
+            return case.log_joint(z, x, data, jnp)
+
+        start, adapt, draw = jax.random.split(key, 3)
+        adaptation = blackjax.window_adaptation(blackjax.nuts, log_density)
+        (state, parameters), tuned = adaptation.run(adapt, jax.random.normal(start, shape), num_steps=warmup)
+        kernel = blackjax.nuts(log_density, **parameters)
+
+        def step(state: Any, key: Any) -> Any:
+            state, info = kernel.step(key, state)
+            return state, (state.position, info.num_integration_steps)
+
+        _, (draws, steps) = jax.lax.scan(step, state, jax.random.split(draw, plan.draws))
+        return draws, steps.sum() + tuned.info.num_integration_steps.sum()
+
+    all_chains = jax.jit(jax.vmap(jax.vmap(chain), in_axes=(0, None)))  # chains, data
+
+    def called(seed: int) -> Draws:
+        keys = jax.random.split(jax.random.PRNGKey(seed), plan.chains * count).reshape(plan.chains, count, -1)
+        draws, gradients = all_chains(keys, data["x"])
+        values = np.moveaxis(np.asarray(draws), 1, 2)  # (C, S, N, D)
+        return Draws({name: values}, warmup, int(np.sum(gradients)) // count)
+
+    return Prepared(called, called)
+
+
 REQUIRES = {"blackjax": "blackjax", "jax": "jax"}
 
 TOOLS = [
     Tool(f"blackjax-{name}", "posterior", REQUIRES, "float32", partial(nuts, method), devices)
     for name, method in (("parallel", "parallel"), ("vectorised", "vectorized"))
 ]
+TOOLS += [Tool("blackjax-vectorised", "per-datum", REQUIRES, "float32", per_datum, devices)]
 TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]

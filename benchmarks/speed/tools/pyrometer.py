@@ -74,6 +74,7 @@ REQUIRES = {"pyrometer": "pyrometer.inference", "torch": "torch", "pyro-ppl": "p
 
 TOOLS = [
     Tool(OURS, "posterior", REQUIRES, "float64", nuts),
+    Tool(OURS, "per-datum", REQUIRES, "float64", nuts),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
 ]
