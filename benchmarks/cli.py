@@ -251,15 +251,21 @@ def demo(seed: int, json_path: Path | None) -> None:
     import torch
 
     from .comparison import gather
-    from .demo import steps
+    from .demo import bracketed, in_words, steps
 
     # The networks are small: a second thread gains a few seconds, and loses minutes where others use the cores.
     torch.set_num_threads(1)
     with _announcer() as announce:
         problem, results = steps(seed, announce, announce.progress)
         found, ended = _collect(results)
+        bracket = None
+        if ended is None:
+            announce("bracketing the evidence")
+            bracket = bracketed(problem, seed)
     comparison = gather(problem, found, seed=seed, command=f"pyrometer demo --seed {seed}", complete=ended is None)
     _deliver(comparison, comparison.to_json, json_path, ended)
+    if bracket is not None:
+        click.echo("\n" + in_words(bracket))
 
 
 @main.command()

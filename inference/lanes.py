@@ -93,7 +93,12 @@ class Lanes:
         self, function: Callable[..., tuple[Tensor, ...]], examples: Sequence[tuple[Tensor, ...]]
     ) -> Callable[..., tuple[Tensor, ...]]:
         """A function that calls `evaluate`, compiled. Its evaluations are not counted: see `count`."""
-        return self.density.compile(function, list(examples), [] if self._rows is None else [self._rows])
+
+        def uncounted(*args: Tensor) -> tuple[Tensor, ...]:
+            with self.density.uncounted():  # also where it stays as it is, and calls the density each time
+                return function(*args)
+
+        return self.density.compile(uncounted, list(examples), [] if self._rows is None else [self._rows])
 
     def count(self, evaluations: float, gradient: bool = True) -> None:
         """Tell the density of evaluations of the block's lanes: one is all data once."""

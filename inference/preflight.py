@@ -89,7 +89,7 @@ def _per_row(density: Density, values: dict[str, Tensor], plate: Plate, index: T
     scribe = Scribe(density.sites, given, minibatch=minibatch, want=frozenset({"pointwise"}))
     with scribe:
         density.problem.model(*density.args, **density.kwargs)
-    total: Any = 0.0
+    total: Any = torch.zeros(plate.size if index is None else len(index), dtype=density.dtype, device=density.device)
     for name, log_prob in scribe.reading.pointwise.items():
         log_prob = density.sites[name].to_pyro(log_prob, 0)
         others = [d for d in range(-log_prob.dim(), 0) if d != plate.dim]

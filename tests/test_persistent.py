@@ -1,4 +1,4 @@
-"""Learning with latents that are kept from step to step: Monte Carlo EM by persistent chains, and particle gradients."""
+"""Learning with latents kept from step to step: Monte Carlo EM by persistent chains, and particle gradients."""
 
 from __future__ import annotations
 

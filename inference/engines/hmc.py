@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from .. import mcmc
 from ..density import Density
 from ..engine import Draws, Run
-from ..kernels.metropolis import HMC as Kernel
+from ..kernels import metropolis
 from ..problem import ProblemError
 from ..settings import check_positive, settings
 from ..starts import starts
@@ -67,5 +67,5 @@ class HMC:
             with run.tuning():
                 points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, target, self.step_size)
-        kernel = Kernel(self.num_steps, target)
+        kernel = metropolis.HMC(self.num_steps, target)
         return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan), ())

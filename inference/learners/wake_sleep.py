@@ -15,10 +15,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from ..density import Density
@@ -30,8 +29,7 @@ from ..objectives import log_mean, weighted, with_gradient
 from ..preflight import check_minibatch
 from ..problem import ProblemError
 from ..settings import check_optimizer, check_positive, settings
-
-Place = int | str  # of an argument: its position, or its name
+from ..twin import Place, as_arguments, observing_arguments
 
 
 @settings
@@ -119,7 +117,7 @@ def dream(density: Density, places: dict[str, Place]) -> Tensor:
     """log q_phi(z | x), (*batch), of one pair (z, x) in the place of each datum, drawn from the model at theta."""
     with torch.no_grad():
         drawn = {n: v[0] for n, v in density.simulate(1).items()}
-    with density.substituted(_as_arguments(density, drawn, places)):
+    with density.substituted(as_arguments(density, drawn, places)):
         return density.log_guide({n: v for n, v in drawn.items() if n in density.guide_latents})
 
 
@@ -142,42 +140,10 @@ def _cannot_sleep(density: Density) -> str:
             try:
                 with density.substituted(data):
                     drawn.append({n: v[0] for n, v in density.simulate(1).items()})
-                data = _as_arguments(density, drawn[0], places)
+                data = as_arguments(density, drawn[0], places)
             except (ProblemError, NotImplementedError, RuntimeError) as error:
                 return f"the sleep phase cannot draw data from the model: {error}"
     # the second draw had the first as its data, and the same random numbers
     if not all(torch.equal(drawn[0][n], drawn[1][n]) for n in places):
         return "the sleep phase cannot draw data from the model, which reads its data for more than observing them"
     return ""
-
-
-def _as_arguments(density: Density, drawn: dict[str, Tensor], places: dict[str, Place]) -> dict[Place, Tensor]:
-    """Simulated data as the arguments that they stand for."""
-    data = {}
-    for name, place in places.items():
-        held: Tensor = density.args[place] if isinstance(place, int) else density.kwargs[place]
-        site = density.sites[name]
-        data[place] = site.to_pyro(drawn[name], site.event_dim).reshape(held.shape).to(held.dtype)
-    return data
-
-
-def observing_arguments(density: Density) -> tuple[dict[str, Place], str]:
-    """Observed site -> the argument that holds its data; and a site that has none, or shares it, '' if all do."""
-    trace = poutine.trace(density.problem.model).get_trace(*density.args, **density.kwargs)
-    held: list[tuple[Place, Any]] = [*enumerate(density.args), *density.kwargs.items()]
-    tensors = {place: v for place, v in held if isinstance(v, Tensor)}
-    places: dict[str, Place] = {}
-    for name, site in density.sites.items():
-        if site.role != "observed":
-            continue
-        value = trace.nodes[name]["value"]
-        found = [p for p, v in tensors.items() if v is value] or [p for p, v in tensors.items() if _same(v, value)]
-        if len(found) != 1 or found[0] in places.values():
-            return places, name
-        places[name] = found[0]
-    return places, ""
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers in the same order, however they are shaped and stored."""
-    return a.numel() == b.numel() and bool((a.flatten().double() == b.flatten().double()).all())

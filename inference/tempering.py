@@ -1,0 +1,391 @@
+"""Particles of many data carried along a path of densities, each datum at a pace of its own.
+
+    w_s <- w_s f_b'(u_s) / f_b(u_s),     Z_b' / Z_b ~ sum_s W_s f_b'(u_s) / f_b(u_s),     W: the weights carried so far
+
+then, where the weights have become uneven, resampling, then moves that leave f_b' invariant (Del Moral, Doucet & Jasra
+2006, doi:10.1111/j.1467-9868.2006.00553.x; Chopin & Papaspiliopoulos 2020, doi:10.1007/978-3-030-47845-2). The next b'
+is the largest that keeps the conditional effective sample size (Zhou, Johansen & Aston 2016, arXiv:1303.3123)
+
+    CESS(b') / S = (sum_s W_s v_s)^2 / sum_s W_s v_s^2,     v_s = f_b'(u_s) / f_b(u_s).
+
+Random numbers belong to particles and data, and a datum that has arrived stands still: no datum's answer depends on
+which others are moved beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .density import Density
+from .engine import Run
+from .kernels import streams
+from .kernels.metropolis import HMC, Kernel, Path, Point, RandomWalk, Transition, langevin
+from .kernels.nuts import NUTS
+from .lanes import Lanes, Parts
+from .problem import ProblemError
+from .resampling import ancestors, takes
+
+BLOCK = 4096  # lanes that are moved together, at least one datum's
+BISECTIONS, CLOSE = 60, 1e-6  # at most, and how close, relative to it, a temperature is to the best
+MAX_STAGES = 500  # temperatures, from which on the rest of the path is taken in one step
+QUARTER_TURN = 1.9  # trajectories in units of the target's sd: much longer ones come back to where they began
+LEARN = 1.0  # change of log step size for each unit of acceptance that is missing
+PRIOR_COUNT = 5.0  # particles that the last stage's variances count for
+KERNELS: dict[str, Kernel] = {
+    "hmc": HMC(num_steps=4, varied=False),
+    "langevin": langevin(),
+    "random_walk": RandomWalk(),
+    "nuts": NUTS(),
+}
+
+
+def as_kernel(owner: Any, value: Any) -> Kernel:
+    """A kernel from its name or itself, with trajectories of one length: particles that wait for others would fix a
+    drawn one. Raises `ProblemError`."""
+    if isinstance(value, str) and value in KERNELS:
+        return KERNELS[value]
+    if isinstance(value, str | type) or not hasattr(value, "bind"):
+        raise ProblemError(
+            f"{type(owner).__name__}(kernel={value!r}): expected one of {', '.join(KERNELS)}, or a kernel such as "
+            "HMC(num_steps=10) of pyrometer.inference.kernels.metropolis."
+        )
+    return replace(value, varied=False) if isinstance(value, HMC) else value
+
+
+def seed_of(run: Run, index: int) -> int:
+    """A seed for keys, the run's own for each index."""
+    return int(run.child(index).seed.generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def check_share(owner: Any, name: str) -> None:
+    value = getattr(owner, name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        raise ProblemError(f"{type(owner).__name__}({name}={value!r}): expected a share between 0 and 1.")
+
+
+def check_choice(owner: Any, name: str, choices: Any) -> None:
+    value = getattr(owner, name)
+    if value not in choices:
+        raise ProblemError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(choices)}.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How particles are carried.
+
+    betas        temperatures from 0 to 1 for all data, or None: chosen for each datum by `criterion`
+    criterion    'cess' as above; 'ess': the effective sample size itself falls to no less than `target` of what it was
+    target       share of the effective sample size that a step may leave
+    policy       resample 'always', 'never', or 'adaptive', where it has fallen below `threshold` of the particles
+    moves        for each temperature, at most; `exactly` that many, or until no coordinate keeps a correlation with
+                 where it was above `correlation`
+    """
+
+    betas: Tensor | None = None
+    criterion: str = "cess"
+    target: float = 0.7
+    scheme: str = "systematic"
+    policy: str = "adaptive"
+    threshold: float = 0.5
+    moves: int = 10
+    exactly: bool = False
+    correlation: float = 0.3
+    at_start: bool = False  # move at b = 0 too, for the tuning there
+
+
+class Stage(NamedTuple):
+    """What was done at a temperature, for each datum (G,); where a datum had arrived before, it is as it was then."""
+
+    beta: Tensor
+    log_step: Tensor
+    inverse_mass: Tensor  # (G, D)
+    acceptance: Tensor
+    moves: Tensor
+
+
+@dataclass
+class Carried:
+    """Particles at the end of the path: lanes as `Point`, log weights normalised (S, G), log Z and its relative
+    variance (G,), and the stages, of which each datum has gone through `arrived` (G,)."""
+
+    point: Point
+    log_weights: Tensor
+    log_evidence: Tensor
+    variance: Tensor
+    stages: list[Stage]
+    arrived: Tensor
+    ancestors_left: Tensor
+    hurried: bool = False
+
+
+class Bound:
+    """Lanes of S particles for each datum, and a kernel that is bound to them; data pass through in groups."""
+
+    def __init__(self, density: Density, count: int, parts: Parts, kernel: Kernel, path: Path, u: Tensor) -> None:
+        total = max(1, density.batch_shape.numel())
+        self.count, self.kernel, self.path = count, kernel, path
+        self.lanes = Lanes(density, count, parts, count * min(total, max(1, BLOCK // count)))
+        self.data = total if self.lanes.whole else self.lanes.width // count
+        example = self.point(u.reshape(-1, u.shape[-1])[next(self.groups())[1].to(u.device)])
+        self.transition: Transition = kernel.bind(self.lanes, path, example)
+
+    def groups(self) -> Iterator[tuple[Tensor, Tensor, int]]:
+        """Numbers of the data (G,), of their lanes (S G,), and how many of the data count: the last group is filled up
+        with data that do not."""
+        total = self.lanes.data
+        for first in range(0, total, self.data):
+            data = torch.arange(first, first + self.data) % total
+            ids = (torch.arange(self.count)[:, None] * total + data).reshape(-1)
+            self.lanes.place(ids)
+            yield data, ids, min(self.data, total - first)
+
+    def point(self, u: Tensor) -> Point:
+        """The lanes that stand there, at u (W, D)."""
+        with self.lanes.density.uncounted():
+            values, gradients = self.lanes.evaluate(u, self.kernel.gradient)
+        self.lanes.count(1, self.kernel.gradient)
+        return Point(u, values, gradients)
+
+    @property
+    def longest(self) -> float:
+        """The largest step size that makes sense."""
+        return QUARTER_TURN / self.kernel.num_steps if isinstance(self.kernel, HMC) else math.inf
+
+    def first_step(self, dim: int) -> float:
+        return 2.4 / math.sqrt(dim) if not self.kernel.gradient else min(self.longest, 1.0 / dim**0.25)
+
+
+def selected(keep: Tensor, new: Point, old: Point) -> Point:
+    """The new point in the lanes (W,) that keep it."""
+    return Point(
+        torch.where(keep[:, None], new.u, old.u),
+        torch.where(keep[:, None], new.values, old.values),
+        torch.where(keep[:, None, None], new.gradients, old.gradients),
+    )
+
+
+def added(log_weights: Tensor, increment: Tensor) -> Tensor:
+    """Log weights after an increment; zero stays zero, also where the increment is undefined for it."""
+    return torch.where(log_weights == -math.inf, -math.inf, log_weights + increment)
+
+
+def per_datum_variance(u: Tensor, weights: Tensor) -> Tensor:
+    """Variance of particles u (S, G, D) under normalised weights (S, G), (G, D)."""
+    centre = (weights[..., None] * u).sum(0)
+    return (weights[..., None] * (u - centre).square()).sum(0)
+
+
+def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan) -> Carried:
+    """Carry the lanes that stand there along the path. key (W,) for moves, datum_key (G,) for resampling."""
+    S, G, D = bound.count, bound.data, point.u.shape[1]
+    dtype, device = point.u.dtype, point.u.device
+    path, kernel = bound.path, bound.kernel
+    even = torch.full((S, G), -math.log(S), dtype=dtype, device=device)
+    zero = torch.zeros(G, dtype=dtype, device=device)
+
+    def lane(of_datum: Tensor) -> Tensor:
+        return of_datum.expand(S, *of_datum.shape).reshape(S * G, *of_datum.shape[1:])
+
+    def height(at: Tensor) -> Tensor:
+        return path(lane(at), point.values)[0].reshape(S, G)
+
+    def rise(here: Tensor, to: Tensor) -> Tensor:
+        return height(to) - here
+
+    log_w, log_z, beta = even, zero, zero
+    broken, chance, apart = zero != zero, zero, zero
+    eve = torch.arange(S, device=device)[:, None].expand(S, G)
+    log_step = torch.full_like(zero, math.log(bound.first_step(D)))
+    mass = per_datum_variance(point.u.reshape(S, G, D), even.exp())
+    mass = torch.where((mass > 0) & mass.isfinite(), mass, 1.0)
+    counter = torch.zeros(S * G, dtype=torch.int64, device=device)
+    datum_counter = torch.zeros(G, dtype=torch.int64, device=device)
+    arrived = torch.zeros(G, dtype=torch.int64, device=device)
+    stages: list[Stage] = []
+    last = Stage(zero, log_step, mass, zero, zero)
+    hurried = False
+    stage = 0 if plan.at_start else 1
+    while True:
+        going = ((beta < 1) & ~broken) if stage else ~broken
+        if not bool(going.any()):
+            break
+        if stage:
+            here = height(beta)
+            if plan.betas is not None:
+                target = torch.full_like(zero, float(plan.betas[stage]))
+            elif stage >= MAX_STAGES:
+                target, hurried = torch.ones_like(zero), True
+            else:
+                target = _next(beta, log_w, partial(rise, here), plan)
+            target = torch.where(going, target, beta)
+            new = torch.where(going, added(log_w, rise(here, target)), log_w)
+            step = torch.logsumexp(new, 0)
+            log_z = log_z + torch.where(going, step, 0.0)
+            broken = broken | ~log_z.isfinite()
+            held, log_w = _of_families(eve, log_w), torch.where(going & ~broken, new - step, log_w)
+            apart = apart + (_of_families(eve, log_w) - held).square().sum(0)
+            beta, going = target, going & ~broken
+            arrived = torch.where(going, stage, arrived)
+            # the weights of the end are kept: there, resampling would only add noise
+            share = 1 / (2 * log_w).exp().sum(0) / S
+            again = going & (beta < 1) & (plan.policy != "never")
+            if plan.policy == "adaptive":
+                again = again & (share < plan.threshold)
+            if bool(again.any()):
+                number = takes(plan.scheme, S)
+                uniform = streams.uniforms(datum_key, datum_counter, number, dtype).T
+                index = ancestors(plan.scheme, torch.where(again, log_w, even), uniform)
+                index = torch.where(again, index, torch.arange(S, device=device)[:, None])
+                point = Point(*(_taken(t, index) for t in point))
+                held = _of_families(eve, log_w)
+                eve, log_w = eve.gather(0, index), torch.where(again, even, log_w)
+                chance = chance + torch.where(again, (_of_families(eve, log_w) - held).square().sum(0), 0.0)
+                datum_counter = datum_counter + number * again
+        # moves, for data that were carried on
+        weights = log_w.exp()
+        spread = per_datum_variance(point.u.reshape(S, G, D), weights)
+        counts = 1 / weights.square().sum(0)[:, None]
+        spread = (counts * spread + PRIOR_COUNT * mass) / (counts + PRIOR_COUNT)
+        mass = torch.where(going[:, None] & spread.isfinite() & (spread > 0), spread, mass)
+        before, moving = point, going
+        acceptance, moves = zero, zero
+        for move in range(plan.moves):
+            new_point, moved = bound.transition(point, lane(beta), lane(log_step.exp()), lane(mass), key, counter)
+            keep = lane(moving)
+            point = selected(keep, new_point, point)
+            counter = counter + bound.transition.takes() * keep
+            accepted = (weights * moved.acceptance.reshape(S, G).to(dtype)).sum(0)
+            tuned = (log_step + LEARN * (accepted - kernel.target_acceptance)).clamp_max(math.log(bound.longest))
+            log_step = torch.where(moving, tuned, log_step)
+            acceptance = acceptance + torch.where(moving, accepted, 0.0)
+            moves = moves + moving
+            if not plan.exactly and move + 1 < plan.moves:
+                stuck = _correlation(before, point, weights) > plan.correlation
+                moving = moving & stuck
+                if not bool(moving.any()):
+                    break
+        last = Stage(
+            beta,
+            log_step,
+            mass,
+            torch.where(going, acceptance / moves.clamp_min(1), last.acceptance),
+            torch.where(going, moves, last.moves),
+        )
+        stages.append(last)
+        stage += 1
+    log_z = torch.where(broken & log_z.isfinite(), math.nan, log_z)
+    log_w = torch.where(broken, log_z.clamp_max(-math.inf), log_w)
+    families = _of_families(eve, log_w)
+    # the difference is that of two chances where it is small, and what the steps add if moves forget all is the least
+    variance = torch.maximum((families - 1 / S).square().sum(0) - chance, apart)
+    return Carried(point, log_w, log_z, variance, stages, arrived, (families > 0).sum(0), hurried)
+
+
+def _of_families(eve: Tensor, log_weights: Tensor) -> Tensor:
+    """The weight of all that descend from each of the first particles, (S, G)."""
+    return torch.zeros_like(log_weights).scatter_add_(0, eve.contiguous(), log_weights.exp())
+
+
+def _taken(values: Tensor, index: Tensor) -> Tensor:
+    """Lanes (S G, ...) of the ancestors (S, G)."""
+    shaped = values.reshape(*index.shape, *values.shape[1:])
+    expanded = index.reshape(*index.shape, *[1] * (shaped.dim() - 2)).expand(shaped.shape)
+    return shaped.gather(0, expanded).reshape(values.shape)
+
+
+def _next(beta: Tensor, log_w: Tensor, change: Callable[[Tensor], Tensor], plan: Plan) -> Tensor:
+    """The next temperature of each datum (G,), by bisection; `change` maps one to the log increments (S, G)."""
+
+    def too_far(to: Tensor) -> Tensor:
+        v = added(log_w, change(to))  # log W v
+        if plan.criterion == "ess":
+            kept = 2 * torch.logsumexp(v, 0) - torch.logsumexp(2 * v, 0) + torch.logsumexp(2 * log_w, 0)
+        else:
+            second = torch.where(v == -math.inf, -math.inf, 2 * v - log_w)
+            kept = 2 * torch.logsumexp(v, 0) - torch.logsumexp(second, 0)
+        return kept < math.log(plan.target)  # False where undefined: the caller sees that
+
+    one = torch.ones_like(beta)
+    whole = ~too_far(one)
+    low, high = beta, one
+    for _ in range(BISECTIONS):
+        wide = ~whole & (high - low > CLOSE * high)  # the others stand, so that none depends on them
+        if not bool(wide.any()):
+            break
+        middle = (low + high) / 2
+        far = too_far(middle)
+        low, high = torch.where(wide & ~far, middle, low), torch.where(wide & far, middle, high)
+    return high  # by a hair too far, but never where it was
+
+
+def _correlation(before: Point, after: Point, weights: Tensor) -> Tensor:
+    """The largest correlation, over coordinates and the log density ratio of the ends, of particles with where they
+    were, (G,)."""
+    S, G = weights.shape
+
+    def figures(point: Point) -> Tensor:
+        ratio = point.values[:, -1:] - point.values[:, :1]
+        x = torch.cat([point.u, ratio.nan_to_num(0.0, 0.0, 0.0)], 1).reshape(S, G, -1)
+        return x - (weights[..., None] * x).sum(0)
+
+    a, b = figures(before), figures(after)
+    w = weights[..., None]
+    top = (w * a * b).sum(0)
+    scale = ((w * a * a).sum(0) * (w * b * b).sum(0)).sqrt()
+    return torch.where(scale > 0, top / scale, 0.0).abs().nan_to_num(0.0).amax(-1)
+
+
+class Tuning(NamedTuple):
+    """Temperature, log step size and inverse mass along the path, at T + 1 stages for each datum, (T + 1, N),
+    (T + 1, N, D), of which `arrived` (N,) + 1 are in use. Between stages they are linear in the stage."""
+
+    beta: Tensor
+    log_step: Tensor
+    inverse_mass: Tensor
+    arrived: Tensor
+
+    @staticmethod
+    def of(carried: Carried) -> Tuning:
+        columns = {f: torch.stack([getattr(s, f) for s in carried.stages]) for f in Stage._fields}
+        return Tuning(columns["beta"], columns["log_step"], columns["inverse_mass"], carried.arrived)
+
+    def first(self, count: int) -> Tuning:
+        return self.rows(torch.arange(count, device=self.arrived.device))
+
+    def rows(self, data: Tensor) -> Tuning:
+        return Tuning(self.beta[:, data], self.log_step[:, data], self.inverse_mass[:, data], self.arrived[data])
+
+    @staticmethod
+    def joined(tunings: list[Tuning]) -> Tuning:
+        """Of all data: where some have fewer stages than others, their last is repeated."""
+        most = max(len(t.beta) for t in tunings)
+
+        def column(name: str) -> Tensor:
+            each = [getattr(t, name) for t in tunings]
+            return torch.cat([torch.cat([x, x[-1:].expand(most - len(x), *x.shape[1:])]) for x in each], 1)
+
+        arrived = torch.cat([t.arrived for t in tunings])
+        return Tuning(column("beta"), column("log_step"), column("inverse_mass"), arrived)
+
+    def at(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Temperature (N,), step size (N,) and inverse mass (N, D) at a share of the way, counted in stages."""
+        place = share * self.arrived.to(self.beta.dtype)
+        below = place.floor().long().clamp_max((self.arrived - 1).clamp_min(0))
+        part = place - below
+
+        def between(t: Tensor) -> Tensor:
+            index = below.reshape(1, -1, *[1] * (t.dim() - 2)).expand(1, *t.shape[1:])
+            low, high = t.gather(0, index)[0], t.gather(0, (index + 1).clamp_max(len(t) - 1))[0]
+            weight = part.reshape(-1, *[1] * (t.dim() - 2))
+            return low + weight * (high - low)
+
+        beta = between(self.beta)
+        return (beta if share < 1 else torch.ones_like(beta)), between(self.log_step).exp(), between(self.inverse_mass)
