@@ -360,7 +360,7 @@ class Density:
     def log_joint(self, z: Tensor | Values, jacobian: bool = True) -> Tensor:
         """log p(x, z), (*sample, *batch), in nats; of u with the log-Jacobian unless `jacobian=False`.
         Discrete latents that z does not give are summed out."""
-        marginal = any(n not in z for n in self.discrete) if not isinstance(z, Tensor) else bool(self.discrete)
+        marginal = self._sums_out(z)
 
         def one(v: Any) -> Tensor:
             if marginal:
@@ -373,8 +373,20 @@ class Density:
         return self._over_samples(one, z)
 
     def log_prior(self, z: Tensor | Values) -> Tensor:
-        """log p(z), (*sample, *batch); of u with the log-Jacobian."""
-        return self._over_samples(lambda v: self._filled((r := self._run(v)).log_prior + r.log_jacobian), z)
+        """log p(z), (*sample, *batch); of u with the log-Jacobian. Discrete latents that z does not give are summed
+        out, which is not the same as left out where a continuous latent depends on them."""
+        marginal = self._sums_out(z)
+
+        def one(v: Any) -> Tensor:
+            if marginal:
+                return self._filled(sum(self._run_marginal(v, observed=False)))
+            reading = self._run(v)
+            return self._filled(reading.log_prior + reading.log_jacobian)
+
+        return self._over_samples(one, z)
+
+    def _sums_out(self, z: Tensor | Values) -> bool:
+        return bool(self.discrete) if isinstance(z, Tensor) else any(n not in z for n in self.discrete)
 
     def log_likelihood(self, z: Tensor | Values) -> Tensor:
         """log p(x | z), (*sample, *batch)."""
@@ -546,13 +558,17 @@ class Density:
             given[name] = site.to_pyro(part.reshape((*part.shape[:-1], *shape)), site.unconstrained_event_dim)
         return given
 
-    def _run_marginal(self, z: Any) -> tuple[Tensor, Any]:
-        """The log joint and the log-Jacobian with the discrete latents that z lacks summed out."""
+    def _run_marginal(self, z: Any, observed: bool = True) -> tuple[Tensor, Any]:
+        """The log joint (the log prior where not `observed`) and the log-Jacobian, with the discrete latents that z
+        lacks summed out."""
         # scaling comes after the sums, or it is wrong
         local = self._minibatch and (*self._minibatch[:2], 1.0)
         scribe = Scribe(self.sites, self._given(z), transformed=isinstance(z, Tensor), minibatch=local, want=_TRACE)
         with scribe:
             trace = enumerated_trace(self.problem.model, self.args, self.kwargs, self._max_plate_nesting)
+        for name, site in self.sites.items():
+            if not observed and site.role != "latent" and name in trace.nodes:
+                trace.remove_node(name)
         scaled = (self._minibatch[0].name, self._minibatch[2]) if self._minibatch else None
         return sum_out(trace, [p.name for p in self.batch_plates], scaled), scribe.reading.log_jacobian
 

@@ -1765,3 +1765,21 @@ def test_the_survey_runs_the_model_once():
     facts = survey_model(Problem(model, args=(X,)))
     assert calls == [6]
     assert (list(facts.sites), facts.data_plate.name) == (["mu", "x"], "data")
+
+
+def test_the_prior_of_continuous_latents_sums_discrete_ones_out():
+    """A label that z depends on belongs to the prior of z; the observations do not."""
+
+    def model(x):
+        with pyro.plate("data", len(x)):
+            k = pyro.sample("k", dist.Bernoulli(0.3))
+            z = pyro.sample("z", dist.Normal(2.0 * k, 1.0))
+            pyro.sample("x", dist.Normal(z + k, 0.5), obs=x)
+
+    z = torch.linspace(-2, 4, 5, dtype=torch.float64)
+    density = Density(Problem(model, args=(torch.arange(5.0),)))
+    parts = [math.log(0.7) + dist.Normal(0.0, 1.0).log_prob(z), math.log(0.3) + dist.Normal(2.0, 1.0).log_prob(z)]
+    torch.testing.assert_close(density.log_prior(z[:, None]), torch.logaddexp(*parts), atol=1e-10, rtol=0)
+    k = torch.tensor([0.0, 1, 0, 1, 1], dtype=torch.float64)
+    given = torch.where(k > 0, parts[1], parts[0])
+    torch.testing.assert_close(density.log_prior({"z": z, "k": k}), given, atol=1e-10, rtol=0)

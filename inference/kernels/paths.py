@@ -17,8 +17,6 @@ from torch import Tensor
 
 from ..density import Density
 from ..lanes import Parts
-from ..marginal import enumerated_trace, sum_out
-from ..program import Scribe
 
 STARTS = ("auto", "prior", "guide")
 
@@ -43,32 +41,15 @@ PATHS = {"geometric": geometric, "arithmetic": arithmetic}
 
 def prior_to_posterior(density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
     """log p(z) and log p(x, z) at u (*sample, *batch, D), (*sample, *batch) each, discrete latents summed out."""
-    if density.discrete:
-        return marginal_prior(density, u), density.log_joint(u)
     prior = density.log_prior(u)
+    if density.discrete:
+        return prior, density.log_joint(u)
     return prior, prior + density.log_likelihood(u)
 
 
 def guide_to_posterior(density: Density, u: Tensor) -> tuple[Tensor, Tensor]:
     """log q(z | x) and log p(x, z) at u."""
     return density.log_guide(u), density.log_joint(u)
-
-
-def marginal_prior(density: Density, u: Tensor) -> Tensor:
-    """log p(z) of the continuous latents alone, (*sample, *batch): the discrete ones are summed out of the prior, which
-    is not the same as left out where a continuous latent depends on them."""
-
-    def one(v: Tensor) -> Tensor:
-        rows = density._minibatch and (*density._minibatch[:2], 1.0)
-        scribe = Scribe(density.sites, density._given(v), transformed=True, minibatch=rows, want=frozenset({"trace"}))
-        with scribe:
-            trace = enumerated_trace(density.problem.model, density.args, density.kwargs, density._max_plate_nesting)
-        for name, site in density.sites.items():
-            if site.role != "latent" and name in trace.nodes:
-                trace.remove_node(name)
-        return density._filled(sum_out(trace, [p.name for p in density.batch_plates]) + scribe.reading.log_jacobian)
-
-    return density._over_samples(one, u)
 
 
 def choose(density: Density, start: str) -> str:
