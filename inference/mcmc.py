@@ -325,7 +325,8 @@ def _not_finite(lp: Tensor) -> Iterator[str]:
     """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
     broken = (~lp.isfinite()).all(1).any(0).reshape(-1)
     if bool(broken.any()):
-        yield f"the log density is not finite at {_listed(broken)}: their draws mean nothing"
+        whose = "its" if int(broken.sum()) == 1 else "their"
+        yield f"the log density is not finite at {_listed(broken)}: {whose} draws mean nothing"
 
 
 def _stuck(lp: Tensor) -> Iterator[str]:

@@ -177,7 +177,8 @@ ABOVE_ONE, POSITIVE, INSIDE = (
     {"acos", "asin", "atanh"},
 )
 SHIFTED = {"lgamma", "digamma", "log1p"}
-INTEGERS = {"bitwise_and", "bitwise_or", "bitwise_xor"}
+SHIFTS = {"__lshift__", "__rshift__", "bitwise_left_shift", "bitwise_right_shift"}
+INTEGERS = {"bitwise_and", "bitwise_or", "bitwise_xor", *SHIFTS}
 POINTWISE = sorted({*FLOAT, *SAME, *COMPARE})
 SHAPES = [(), (1,), (3,), (7,), (85,), (1, 5), (4, 3), (5, 9), (2, 1, 6)]
 
@@ -242,7 +243,7 @@ def test_elementwise_operations_in_every_dtype_and_shape(dtype):
 
 def test_every_elementwise_operation_reaches_its_lowering():
     for name in POINTWISE:
-        dtype = BOOL if name in INTEGERS else F64
+        dtype = torch.int64 if name in SHIFTS else BOOL if name in INTEGERS else F64
         args = [d() for d in operands(name, (5,), dtype)]
         assert name in reaching(call(name), *args)
 

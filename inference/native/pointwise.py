@@ -58,10 +58,10 @@ SAME = {  # computed in the result's type
     "bitwise_and": "{0} & {1}",
     "bitwise_or": "{0} | {1}",
     "bitwise_xor": "{0} ^ {1}",
-    "__rshift__": "{0} >> {1}",
-    "__lshift__": "{0} << {1}",
-    "bitwise_right_shift": "{0} >> {1}",
-    "bitwise_left_shift": "{0} << {1}",
+    "__rshift__": "((uint64_t){1} < 8 * sizeof({0}) ? {0} >> {1} : ({0} < 0 ? -1 : 0))",
+    "__lshift__": "((uint64_t){1} < 8 * sizeof({0}) ? {0} << {1} : 0)",
+    "bitwise_right_shift": "((uint64_t){1} < 8 * sizeof({0}) ? {0} >> {1} : ({0} < 0 ? -1 : 0))",
+    "bitwise_left_shift": "((uint64_t){1} < 8 * sizeof({0}) ? {0} << {1} : 0)",
 }
 
 COMPARE = {  # arguments brought to one type; answers a truth value
