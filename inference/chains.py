@@ -91,16 +91,22 @@ def completed(
     """Every site, (C, S, *batch, *event), of the positions (S, P) of C chains, and the latent ones of `others`
     (K, P), {} where K = 0. All in one run of the program where memory allows, since each costs the same."""
     points = torch.cat([*positions, others])
-    rows = max(1, AT_A_TIME // points[0].numel())
-    found: dict[str, Tensor] = {}
-    for first, part in zip(range(0, len(points), rows), points.split(rows), strict=True):
-        for site, value in density.complete(part.reshape(-1, *density.batch_shape, density.dim)).items():
-            if site not in found:
-                found[site] = value.new_empty((len(points), *value.shape[1:]))
-            found[site][first : first + rows] = value
+    found = mapped(density, points.reshape(-1, *density.batch_shape, density.dim))
     count = len(points) - len(others)
     values = {site: value[:count].unflatten(0, (len(positions), -1)) for site, value in found.items()}
     return values, {site: found[site][count:] for site in density.continuous} if len(others) else {}
+
+
+def mapped(density: Density, points: Tensor) -> dict[str, Tensor]:
+    """Every site, (K, *batch, *event), of points (K, *batch, D), some at a time to keep memory small."""
+    rows = max(1, AT_A_TIME // max(1, points[0].numel()))
+    found: dict[str, Tensor] = {}
+    for first, part in zip(range(0, len(points), rows), points.split(rows), strict=True):
+        for site, value in density.complete(part).items():
+            if site not in found:
+                found[site] = value.new_empty((len(points), *value.shape[1:]))
+            found[site][first : first + rows] = value
+    return found
 
 
 def cut_alike(chains: Sequence[Chain]) -> tuple[list[Chain], int]:
@@ -136,18 +142,26 @@ def too_deep(stats: Mapping[str, Tensor], plan: Plan) -> list[str]:
 
 
 def far_below(lp: Tensor) -> list[tuple[int, float]]:
-    """Chains whose log density (C, S) stays far below the others', and by how much: (chain, nats).
+    """Chains whose log density (C, S) stays far below the others', and by how much: (chain, nats)."""
+    gap, far = below(lp)
+    return [(c, float(gap[c])) for c in range(len(lp)) if far[c]]
+
+
+def below(lp: Tensor) -> tuple[Tensor, Tensor]:
+    """By how many nats the log density (C, S, ...) of each chain stays below that of the others, (C, ...), and whether
+    that is far.
 
     Measured against the chain in the upper middle by its median, so that up to half of the chains may be lost.
     Spread is 1.48 times the median distance from the median, the sd of a normal.
     """
     if lp.shape[0] < 2 or lp.shape[1] < FEW:
-        return []
+        nothing = torch.zeros_like(lp[:, 0] if lp.shape[1] else lp.sum(1))
+        return nothing, nothing > 0
     median = lp.median(1).values
     spread = 1.4826 * (lp - median[:, None]).abs().median(1).values
-    middle = median.argsort(descending=True)[(len(lp) - 1) // 2]
-    gap = median[middle] - median
-    return [(c, float(gap[c])) for c in range(len(lp)) if gap[c] > FAR_BELOW * spread[middle]]
+    middle = median.argsort(0, descending=True)[(len(lp) - 1) // 2][None]
+    gap = median.gather(0, middle) - median
+    return gap, gap > FAR_BELOW * spread.gather(0, middle)
 
 
 def crowded(where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chains import AT_A_TIME, FAR_BELOW, FEW
+from .chains import below, mapped
 from .density import Density
 from .engine import Draws, Run
 from .kernels import adaptation, nuts, streams
@@ -289,7 +289,7 @@ def answer(density: Density, record: Record, notes: tuple[str, ...]) -> Draws:
     lanes = record.lanes
     batch = tuple(density.batch_shape)
     positions = record.positions.flatten(0, 1).reshape(-1, *batch, record.positions.shape[-1])
-    values = _mapped(density, positions, lanes.per_datum)
+    values = {site: v.unflatten(0, (lanes.per_datum, -1)) for site, v in mapped(density, positions).items()}
     stats = {name: value.reshape(*value.shape[:2], *batch) for name, value in record.stats.items()}
     per_chain = (lanes.per_datum, *batch)
     stats["step_size"] = record.step_size.reshape(per_chain)[:, None].expand_as(stats["lp"])
@@ -309,18 +309,6 @@ def answer(density: Density, record: Record, notes: tuple[str, ...]) -> Draws:
     )
 
 
-def _mapped(density: Density, positions: Tensor, chains: int) -> dict[str, Tensor]:
-    """site -> (C, S, *batch, *event), of positions (C S, *batch, D), some at a time to keep memory small."""
-    rows = max(1, AT_A_TIME // max(1, positions[0].numel()))
-    found: dict[str, Tensor] = {}
-    for first, part in zip(range(0, len(positions), rows), positions.split(rows), strict=True):
-        for site, value in density.complete(part).items():
-            if site not in found:
-                found[site] = value.new_empty((len(positions), *value.shape[1:]))
-            found[site][first : first + rows] = value
-    return {site: value.unflatten(0, (chains, -1)) for site, value in found.items()}
-
-
 def _not_finite(lp: Tensor) -> Iterator[str]:
     """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
     broken = (~lp.isfinite()).all(1).any(0).reshape(-1)
@@ -330,15 +318,8 @@ def _not_finite(lp: Tensor) -> Iterator[str]:
 
 
 def _stuck(lp: Tensor) -> Iterator[str]:
-    """Data at which a chain stays far below the others, as `chains.far_below` judges it."""
-    if lp.shape[0] < 2 or lp.shape[1] < FEW:
-        return
-    lp = lp.reshape(*lp.shape[:2], -1)
-    median = lp.median(1).values  # (C, N)
-    spread = 1.4826 * (lp - median[:, None]).abs().median(1).values
-    middle = median.argsort(0, descending=True)[(len(lp) - 1) // 2]
-    gap = median.gather(0, middle[None]) - median
-    lost = (gap > FAR_BELOW * spread.gather(0, middle[None])).any(0)
+    """Data at which a chain stays far below the others."""
+    lost = below(lp)[1].any(0).reshape(-1)
     if bool(lost.any()):
         yield (
             f"a chain stays far below the others at {_listed(lost)}: it is stuck; run a longer warm-up, or start it "
