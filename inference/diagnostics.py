@@ -67,8 +67,8 @@ def diagnose(
     """Judge draws by what can be known for their kind.
 
     mcmc      r_hat (largest), ess_bulk and ess_tail (smallest), divergences, e_bfmi (smallest); where the batch has
-              several data, r_hat_per_datum, ess_bulk_per_datum and divergences_per_datum (*batch) too, and the verdict
-              goes by the share of the data that are beyond a threshold, since among many some are by chance
+              several data, r_hat_, ess_bulk_, ess_tail_ and divergences_per_datum (*batch) too, and the verdict goes
+              by the share of the data that are beyond a threshold, since among many some are by chance
     weighted  ess (Kish: smallest over the batch), ess_median, k_hat (largest), k_hat_threshold, k_hat_high (share of
               the batch above it), of `guide_log_ratio` where it is given: the weights before smoothing, since k-hat
               of smoothed weights is too small; with `deterministic` (every state listed, a quadrature rule) none:

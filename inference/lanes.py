@@ -44,11 +44,12 @@ class Lanes:
         self.data = max(1, density.batch_shape.numel())
         self.total = per_datum * self.data
         self.shape = (per_datum, *density.batch_shape)
-        self.width = self.total if width >= self.total or not _slices(density, parts) else width
+        self.width = self.total if width >= self.total or not _sliceable(density, parts) else width
         self.whole = self.width == self.total
         self._outer = density.row_numbers  # of a minibatch that the lanes are in
         self._rows = None if self.whole and self._outer is None else self._numbers(torch.arange(self.width)).clone()
         self.ids = torch.arange(self.width)
+        self._slower: dict[str, str] = {}
 
     def renew(self) -> Lanes:
         """The same lanes, of the minibatch that the density is in now."""
@@ -98,12 +99,27 @@ class Lanes:
             with self.density.uncounted():  # also where it stays as it is, and calls the density each time
                 return function(*args)
 
-        return self.density.compile(uncounted, list(examples), [] if self._rows is None else [self._rows])
+        made = self.density.compile(uncounted, list(examples), [] if self._rows is None else [self._rows])
+        if made.why:
+            self._slower[made.backend] = made.why
+        return made
+
+    def notes(self) -> tuple[str, ...]:
+        """In words, what of the compiled functions is slower than it could be."""
+        return tuple(f"part of the density runs as {b}, which is slower: {why}" for b, why in self._slower.items())
 
     def count(self, evaluations: float, gradient: bool = True) -> None:
         """Tell the density of evaluations of the block's lanes: one is all data once."""
         share = self.density.batch_share * self.width / self.data
         self.density.counts["gradients" if gradient else "evaluations"] += evaluations * share
+
+
+def _sliceable(density: Density, parts: Parts) -> bool:
+    """`_slices`, looked at once for each density."""
+    key = ("slices", parts, density.row_numbers is None)
+    if key not in density.kept:
+        density.kept[key] = _slices(density, parts)
+    return density.kept[key]
 
 
 def _slices(density: Density, parts: Parts) -> bool:

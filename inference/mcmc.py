@@ -26,6 +26,7 @@ from .kernels.adaptation import Warmup
 from .kernels.metropolis import Kernel, Point, only
 from .lanes import Lanes
 from .problem import ProblemError
+from .starts import starts
 
 SLOTS = 1024  # lanes that grow trees side by side, at most,
 TURNS = 4  # and at least so many chains for each: the last to finish leave the others idle
@@ -89,7 +90,7 @@ def in_step(density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | Non
     warmup = 0 if tuned else plan.warmup_steps
     blocks = -(-lanes.total // lanes.width)
     for block, (ids, real) in enumerate(lanes.blocks()):
-        point = Point(flat[ids], *_evaluated(lanes, flat[ids]))
+        point = Point(flat[ids], *_evaluated(lanes, flat[ids], kernel.gradient))
         key, counter = keys[ids], torch.zeros_like(ids, device=flat.device)
         step, mass = plan.step_size * ones, torch.ones_like(point.u)
         with run.tuning():
@@ -139,7 +140,7 @@ def by_turns(density: Density, max_depth: int, starts: Tensor, tuned: Tuned | No
         tree = nuts.plant(point, only, torch.ones_like(step), mass, key, none, max_depth)
         return (*tree, *adaptation.begin(step, mass), none)
 
-    ids, fresh, finished = torch.arange(lanes.width), lanes.width, 0
+    ids, fresh, finished = torch.arange(lanes.width, device=flat.device), lanes.width, 0
     lanes.place(ids)
     state = list(planted(ids))
     began, before, executed = time.perf_counter(), density.counts["gradients"], 0
@@ -174,7 +175,7 @@ def by_turns(density: Density, max_depth: int, starts: Tensor, tuned: Tuned | No
         more = min(len(over), total - fresh)
         if more:
             ids = ids.clone()
-            ids[over[:more]] = torch.arange(fresh, fresh + more)
+            ids[over[:more]] = torch.arange(fresh, fresh + more, device=ids.device)
             fresh += more
             lanes.place(ids)
             for tensor, new in zip(state, planted(ids[over[:more]]), strict=True):
@@ -183,8 +184,8 @@ def by_turns(density: Density, max_depth: int, starts: Tensor, tuned: Tuned | No
             # few are left: they go on in narrower lanes
             busy = (state[-1] < warmup + plan.num_samples).nonzero()[:, 0]
             lanes, turn = _turning(density, starts, max_depth, plan, warmup, max(FEWEST_SLOTS, len(busy)))
-            spare = torch.arange(lanes.width) >= len(busy)
-            busy = busy[torch.arange(lanes.width) % len(busy)]
+            place = torch.arange(lanes.width, device=ids.device)
+            spare, busy = place >= len(busy), busy[place % len(busy)]
             ids, state = ids[busy], [t[busy] for t in state]
             state[-1][spare] = warmup + plan.num_samples + 1
             lanes.place(ids)
@@ -273,10 +274,10 @@ def _kept(density: Density, key: Any, make: Any) -> Any:
     return density.kept[key]
 
 
-def _evaluated(lanes: Lanes, u: Tensor) -> tuple[Tensor, Tensor]:
+def _evaluated(lanes: Lanes, u: Tensor, gradient: bool = True) -> tuple[Tensor, Tensor]:
     with lanes.density.uncounted():
-        found = lanes.evaluate(u)
-    lanes.count(1)
+        found = lanes.evaluate(u, gradient)
+    lanes.count(1, gradient)
     return found
 
 
@@ -284,7 +285,7 @@ def _seed(run: Run) -> int:
     return int(run.seed.generate_state(1, np.uint64)[0]) >> 1
 
 
-def answer(density: Density, record: Record, notes: tuple[str, ...]) -> Draws:
+def answer(density: Density, record: Record) -> Draws:
     """The draws of all chains of all data; `state` for a warm start, per chain and datum."""
     lanes = record.lanes
     batch = tuple(density.batch_shape)
@@ -303,7 +304,7 @@ def answer(density: Density, record: Record, notes: tuple[str, ...]) -> Draws:
         "mcmc",
         sample_stats=stats,
         state=state,
-        notes=notes,
+        notes=lanes.notes(),
         alarms=(*_not_finite(stats["lp"]), *_stuck(stats["lp"])),
         figures={name: torch.tensor(value) for name, value in record.figures.items()},
     )
@@ -340,6 +341,21 @@ def why_not(density: Density, sampler: str) -> str:
     if density.unlisted:
         return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
     return ""
+
+
+def begin(engine: Any, density: Density, run: Run) -> tuple[Tensor, Tuned | None]:
+    """Where an engine's chains start, (C, *batch, D), and their tuning where an earlier run has left it."""
+    if run.warm:
+        check_one_start(engine)
+        return earlier(run.warm, density, engine.num_chains)
+    with run.tuning():
+        return starts(density, run, engine.num_chains, engine.initial, engine.initial_tries, apart=True), None
+
+
+def check_one_start(engine: Any) -> None:
+    if engine.initial is not None:
+        kind = type(engine).__name__
+        raise ProblemError(f"{kind}(initial=...) and warm=... both say where to start: give one of them.")
 
 
 def earlier(state: Mapping[str, Tensor], density: Density, num_chains: int) -> tuple[Tensor, Tuned]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import numbers
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, dataclass_transform
 
@@ -73,6 +74,29 @@ def check_positive(engine: Any, *names: str) -> None:
         value = getattr(engine, name)
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < math.inf:
             raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a positive number.")
+
+
+def check_share(engine: Any, *names: str) -> None:
+    """A number between 0 and 1, neither of them; None stays None where it is the default."""
+    for name in names:
+        value = getattr(engine, name)
+        if value is None and getattr(type(engine), name, 0) is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < float(value) < 1:
+            raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a number between 0 and 1.")
+
+
+def check_choice(engine: Any, name: str, choices: Iterable[str]) -> None:
+    value = getattr(engine, name)
+    if value not in (choices := list(choices)):
+        raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected one of {', '.join(choices)}.")
+
+
+def check_initial(engine: Any) -> None:
+    """`initial`: site -> values, or None."""
+    if engine.initial is not None and not isinstance(engine.initial, Mapping):
+        kind = type(engine.initial).__name__
+        raise ProblemError(f"{type(engine).__name__}(initial=...): expected site -> values, got {kind}.")
 
 
 def check_optimizer(method: Any) -> None:

@@ -65,18 +65,6 @@ def seed_of(run: Run, index: int) -> int:
     return int(run.child(index).seed.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def check_share(owner: Any, name: str) -> None:
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-        raise ProblemError(f"{type(owner).__name__}({name}={value!r}): expected a share between 0 and 1.")
-
-
-def check_choice(owner: Any, name: str, choices: Any) -> None:
-    value = getattr(owner, name)
-    if value not in choices:
-        raise ProblemError(f"{type(owner).__name__}({name}={value!r}): expected one of {', '.join(choices)}.")
-
-
 @dataclass(frozen=True)
 class Plan:
     """How particles are carried.

@@ -81,9 +81,7 @@ def test_particles_have_the_posteriors_moments_up_to_the_step():
 
 def test_particles_learn_the_loadings_of_ppca():
     """W W' + sigma^2 I, which is identified, within 0.1 of the eigen-solution's, relative to its largest number."""
-    problem = (
-        ppca.problem(num_data=200, seed=0) if "seed" in ppca.problem.__kwdefaults__ else ppca.problem(num_data=200)
-    )
+    problem = ppca.problem(num_data=200)
     fit = learn(problem, ParticleGradient(num_steps=4000, learning_rate=0.01, step_size=0.01), seed=0)
     exact = learn(problem, EM(num_steps=200), seed=0)
     found = [p.parameters["W"] @ p.parameters["W"].T for p in (fit, exact)]

@@ -30,8 +30,8 @@ from ..kernels.paths import PATHS, STARTS, begin, choose, why_not_start
 from ..posterior import Evidence, evidence_from_weights
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
-from ..settings import settings
-from ..tempering import Bound, Plan, Tuning, added, as_kernel, carry, check_choice, seed_of
+from ..settings import check_choice, settings
+from ..tempering import Bound, Plan, Tuning, added, as_kernel, carry, seed_of
 from ..twin import twin
 
 SCHEDULES = ("adaptive", "sigmoid", "linear")

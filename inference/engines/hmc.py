@@ -15,9 +15,7 @@ from .. import mcmc
 from ..density import Density
 from ..engine import Draws, Run
 from ..kernels import metropolis
-from ..problem import ProblemError
-from ..settings import check_positive, settings
-from ..starts import starts
+from ..settings import check_initial, check_positive, check_share, settings
 
 
 @settings
@@ -46,26 +44,15 @@ class HMC:
 
     def __post_init__(self) -> None:
         check_positive(self, "step_size")
-        if self.target_acceptance is not None:
-            check_positive(self, "target_acceptance")
-            if self.target_acceptance >= 1:
-                raise ProblemError(f"HMC(target_acceptance={self.target_acceptance}): expected a number in (0, 1).")
-        if self.initial is not None and not isinstance(self.initial, Mapping):
-            raise ProblemError(f"HMC(initial=...): expected site -> values, got {type(self.initial).__name__}.")
+        check_share(self, "target_acceptance")
+        check_initial(self)
 
     def supports(self, density: Density) -> str:
         return mcmc.why_not(density, "HMC")
 
     def run(self, density: Density, run: Run) -> Draws:
         target = self.target_acceptance or (0.574 if self.num_steps == 1 else 0.8)
-        tuned = None
-        if run.warm:
-            if self.initial is not None:
-                raise ProblemError("HMC(initial=...) and warm=... both say where to start: give one of them.")
-            points, tuned = mcmc.earlier(run.warm, density, self.num_chains)
-        else:
-            with run.tuning():
-                points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
+        points, tuned = mcmc.begin(self, density, run)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, target, self.step_size)
         kernel = metropolis.HMC(self.num_steps, target)
-        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan), ())
+        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan))

@@ -17,7 +17,7 @@ from ..chains import Plan, Tuning, answer
 from ..density import Density
 from ..engine import Draws, Run
 from ..problem import ProblemError
-from ..settings import check_positive, settings
+from ..settings import check_choice, check_initial, check_share, settings
 from ..starts import starts
 
 CHOICES = {"mass_matrix": ("diagonal", "low_rank"), "backend": ("auto", "lanes", "nutpie", "pyro")}
@@ -58,26 +58,21 @@ class NUTS:
         return self.backend in ("auto", "lanes") and self.mass_matrix == "diagonal"
 
     def __post_init__(self) -> None:
-        check_positive(self, "target_acceptance")
-        if self.target_acceptance >= 1:
-            raise ProblemError(f"NUTS(target_acceptance={self.target_acceptance}): expected a number in (0, 1).")
+        check_share(self, "target_acceptance")
         if isinstance(self.max_tree_depth, int) and self.max_tree_depth > 20:
             raise ProblemError(f"NUTS(max_tree_depth={self.max_tree_depth}): expected at most 20.")
         for name, choices in CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ProblemError(f"NUTS({name}={getattr(self, name)!r}): expected one of {', '.join(choices)}.")
+            check_choice(self, name, choices)
         if self.backend in ("pyro", "lanes") and self.mass_matrix != "diagonal":
             raise ProblemError("NUTS(mass_matrix='low_rank') needs backend='nutpie'.")
-        if self.initial is not None and not isinstance(self.initial, Mapping):
-            raise ProblemError(f"NUTS(initial=...): expected site -> values, got {type(self.initial).__name__}.")
+        check_initial(self)
 
     def supports(self, density: Density) -> str:
         return mcmc.why_not(density, "NUTS")
 
     def run(self, density: Density, run: Run) -> Draws:
-        if self.backend == "lanes" or (
-            self.backend == "auto" and self.mass_matrix == "diagonal" and density.batch_shape.numel() > 1
-        ):
+        several = density.batch_shape.numel() > 1 or bool(density.batch_plates and density.row_numbers is not None)
+        if self.backend == "lanes" or (self.backend == "auto" and self.mass_matrix == "diagonal" and several):
             return self._on_lanes(density, run)
         notes: list[str] = []
         tuned = None
@@ -107,23 +102,13 @@ class NUTS:
         return answer(density, chains, self.num_chains, plan, notes)
 
     def _on_lanes(self, density: Density, run: Run) -> Draws:
-        tuned = None
-        if run.warm:
-            self._no_initial()
-            points, tuned = mcmc.earlier(run.warm, density, self.num_chains)
-        else:
-            with run.tuning():
-                points = starts(density, run, self.num_chains, self.initial, self.initial_tries, apart=True)
+        points, tuned = mcmc.begin(self, density, run)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance)
-        return mcmc.answer(density, mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan), ())
-
-    def _no_initial(self) -> None:
-        if self.initial is not None:
-            raise ProblemError("NUTS(initial=...) and warm=... both say where to start: give one of them.")
+        return mcmc.answer(density, mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan))
 
     def _earlier(self, density: Density, state: Mapping[str, Tensor]) -> tuple[Tensor, Tuning | None]:
         """Points and tuning of the run that this one goes on from; no tuning where its mass matrix is not known."""
-        self._no_initial()
+        mcmc.check_one_start(self)
         points = state["position"].to(dtype=density.dtype, device=density.device)
         shape = (self.num_chains, *density.batch_shape, density.dim)
         if points.shape != shape:

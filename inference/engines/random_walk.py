@@ -2,21 +2,20 @@
 
     u' = u + eps sqrt(variance) n,  n ~ N(0, I),  accepted with probability min(1, p(u', x) / p(u, x))
 
-Metropolis et al. 1953, doi:10.1063/1.1699114. It needs no gradient, and pays for that in draws: use it for densities
-that are not smooth, or to check the others by. Discrete latents are summed out.
+Metropolis et al. 1953, doi:10.1063/1.1699114. It moves without gradients (only the start is asked for a finite one),
+and pays for that in draws: a check for the others. Discrete latents are summed out.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from .. import mcmc
 from ..density import Density
 from ..engine import Draws, Run
 from ..kernels.metropolis import RandomWalk as Kernel
-from ..problem import ProblemError
-from ..settings import check_positive, settings
-from ..starts import starts
+from ..settings import check_initial, check_positive, check_share, settings
 
 
 @settings
@@ -27,6 +26,7 @@ class RandomWalk:
     target_acceptance          mean acceptance probability that step sizes are tuned to, in (0, 1)
                                (Roberts, Gelman & Gilks 1997, doi:10.1214/aoap/1034625254)
     step_size                  where tuning begins; without warm-up, the step size
+    initial                    site -> where to start, (num_chains, *shape) or (*shape,); None: draws of the prior
     initial_tries              draws of the prior that are tried for each start
     """
 
@@ -37,23 +37,19 @@ class RandomWalk:
     num_chains: int = 4
     target_acceptance: float = 0.234
     step_size: float = 1.0
+    initial: Mapping[str, Any] | None = None
     initial_tries: int = 100
 
     def __post_init__(self) -> None:
-        check_positive(self, "target_acceptance", "step_size")
-        if self.target_acceptance >= 1:
-            raise ProblemError(f"RandomWalk(target_acceptance={self.target_acceptance}): expected a number in (0, 1).")
+        check_positive(self, "step_size")
+        check_share(self, "target_acceptance")
+        check_initial(self)
 
     def supports(self, density: Density) -> str:
         return mcmc.why_not(density, "the random walk")
 
     def run(self, density: Density, run: Run) -> Draws:
-        tuned = None
-        if run.warm:
-            points, tuned = mcmc.earlier(run.warm, density, self.num_chains)
-        else:
-            with run.tuning():
-                points = starts(density, run, self.num_chains, None, self.initial_tries, apart=True)
+        points, tuned = mcmc.begin(self, density, run)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance, self.step_size)
         kernel = Kernel(self.target_acceptance)
-        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan), ())
+        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan))

@@ -27,8 +27,8 @@ from ..kernels.paths import PATHS, STARTS, begin, choose, why_not_start
 from ..posterior import Evidence
 from ..problem import ProblemError
 from ..resampling import POLICIES, SCHEMES
-from ..settings import settings
-from ..tempering import Bound, Carried, Plan, as_kernel, carry, check_choice, check_share, seed_of
+from ..settings import check_choice, check_share, settings
+from ..tempering import Bound, Carried, Plan, as_kernel, carry, seed_of
 
 CRITERIA = ("cess", "ess")
 FEW_FAMILIES = 10
@@ -71,8 +71,7 @@ class SMC:
         check_choice(self, "criterion", CRITERIA)
         check_choice(self, "resampling", SCHEMES)
         check_choice(self, "policy", POLICIES)
-        check_share(self, "target_ess")
-        check_share(self, "threshold")
+        check_share(self, "target_ess", "threshold")
         as_kernel(self, self.kernel)
         if not isinstance(self.num_samples, bool) and isinstance(self.num_samples, int) and self.num_samples == 1:
             raise ProblemError("SMC(num_samples=1): one particle has no weights to compare; take at least 2.")

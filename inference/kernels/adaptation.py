@@ -7,13 +7,14 @@ algorithm parameters"). All is arithmetic on lanes, each at its own draw.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 GAMMA, DELAY, FORGETTING = 0.05, 10.0, 0.75  # of dual averaging,
-AHEAD = 2.302585092994046  # which looks for step sizes around ten times the first
+AHEAD = math.log(10.0)  # which looks for step sizes around ten times the first
 SHRINK_FROM, SMALL = 5.0, 1e-3  # draws that the small variance counts for, and its size
 FIRST, SECOND, LAST = 0.1, 0.15, 0.25  # shares of the warm-up: before the windows, the first window at most, the end
 

@@ -151,7 +151,14 @@ class _Hamiltonian:
         self.begin = lanes.compile(
             begin,
             [
-                (*point, ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), torch.zeros_like(lanes.ids))
+                (
+                    *point,
+                    ones,
+                    0.1 * ones,
+                    mass,
+                    streams.keys(k, len(ones), ones.device),
+                    torch.zeros_like(lanes.ids, device=ones.device),
+                )
                 for k, point in enumerate(plain[:2])
             ],
         )
@@ -220,7 +227,14 @@ class _RandomWalk:
         self.step = lanes.compile(
             step,
             [
-                (*example[:2], ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), 0 * lanes.ids)
+                (
+                    *example[:2],
+                    ones,
+                    0.1 * ones,
+                    mass,
+                    streams.keys(k, len(ones), ones.device),
+                    0 * lanes.ids.to(ones.device),
+                )
                 for k in range(2)
             ],
         )

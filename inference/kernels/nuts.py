@@ -240,7 +240,7 @@ class _InStep:
                 ones,
                 mass,
                 streams.keys(k, len(ones), ones.device),
-                torch.zeros_like(lanes.ids),
+                torch.zeros_like(lanes.ids, device=ones.device),
                 max_depth,
             )
             for k in range(2)
