@@ -256,12 +256,13 @@ def demo(seed: int, json_path: Path | None) -> None:
     # The networks are small: a second thread gains a few seconds, and loses minutes where others use the cores.
     torch.set_num_threads(1)
     with _announcer() as announce:
-        problem, results = steps(seed, announce, announce.progress)
+        fits: dict[str, Any] = {}
+        problem, results = steps(seed, announce, announce.progress, fits)
         found, ended = _collect(results)
         bracket = None
         if ended is None:
             announce("bracketing the evidence")
-            bracket = bracketed(problem, seed)
+            bracket = bracketed(problem, fits, seed)
     comparison = gather(problem, found, seed=seed, command=f"pyrometer demo --seed {seed}", complete=ended is None)
     _deliver(comparison, comparison.to_json, json_path, ended)
     if bracket is not None:

@@ -6,23 +6,20 @@ comparison is a list of `Theta`s, each with its truth, and a list of `Row`s, one
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrometer.inference import Problem, ProblemError, infer
-from pyrometer.inference import learn as fit_parameters
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated, why_not
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
 
-from .facts import describe, machine, plain, versions
-from .methods import engines_from, learners_from, row_seed, settings
+from .facts import as_text, describe, machine, plain, versions, write_json
+from .methods import engines_from, learners_from, row_seed, settings, trained
 from .metrics import METRICS, HeldOut, Score, held_out_log_likelihood
 
 if TYPE_CHECKING:
@@ -122,12 +119,7 @@ class Comparison:
         yield self.table(options.max_width, options.ascii_only)
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None)
-        with console.capture() as text:
-            console.print(self)
-        return text.get()
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
@@ -135,18 +127,7 @@ class Comparison:
 
     def to_json(self, path: str | Path) -> Path:
         """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with unfinished.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
-        return path
+        return write_json(self.to_dict(), path)
 
 
 def compare(
@@ -195,11 +176,13 @@ def judge(
     device: Any = None,
     on: Problem | None = None,
     announce: Callable[[str], None] = lambda text: None,
+    fits: dict[str, Fit] | None = None,
 ) -> Iterator[Theta | Row]:
     """`compare`, one result at a time as each is ready: a `Theta`, then its `Row`s, for each learner in turn.
 
     `on` is the problem that the engines are judged on, where it is not the one learned from (fewer data, say).
-    `announce` is told what runs next. Raises ProblemError at the call, before the first result is asked for.
+    `announce` is told what runs next, `fits` collects what was learned, by learner. Raises ProblemError at the call,
+    before the first result is asked for.
     """
     chosen = engines_from(engines)
     check_problem(problem)
@@ -219,6 +202,8 @@ def judge(
             if learner is not None:
                 announce(f"learning theta by {learner_name}")
                 theta, parameters = _learn(problem, learner_name, learner, seed, progress, device)
+                if fits is not None and parameters is not None:
+                    fits[learner_name] = parameters
             reference = Reference("none")
             if theta.status.done:
                 reference = target.reference_at({**start, **getattr(parameters, "parameters", parameters)})
@@ -248,21 +233,9 @@ def _learn(
     problem: Problem, name: str, learner: Any, seed: int, progress: Progress, device: Any
 ) -> tuple[Theta, Fit | None]:
     """theta by this learner, and what it cost; the held-out score is taken with the same random numbers for all."""
-    theta = Theta(name, settings(learner), row_seed(seed, name))
-    try:
-        fit = fit_parameters(problem, learner, seed=theta.seed, progress=progress, device=device)
-    except ProblemError as error:
-        return replace(theta, status=Status("unsupported", str(error))), None
-    last = len(fit.trail.value) - 1
-    theta = replace(
-        theta,
-        status=fit.status,
-        cost=fit.cost,
-        objective=float(fit.trail.value[last]) if last >= 0 else None,
-        objective_kind=fit.trail.kind,
-        notes=fit.notes,
-    )
-    if not fit.status.done:
+    facts, fit = trained(problem, name, learner, seed, progress=progress, device=device)
+    theta = Theta(**facts)
+    if fit is None:
         return theta, None
     try:
         held_out = held_out_log_likelihood(problem, fit.parameters, seed=row_seed(seed, "held out"))

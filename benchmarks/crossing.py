@@ -14,8 +14,9 @@ from rich.text import Text
 from pyrometer.inference import Problem, ProblemError
 from pyrometer.inference.learn import Fit
 
-from .comparison import Comparison, Progress
+from .comparison import Progress
 from .doubt import as_images, guide_weights, picture, worst_data
+from .facts import write_json
 from .gaps import Gaps, gaps
 from .gaussian import FAMILIES
 from .methods import row_seed
@@ -65,7 +66,7 @@ class Crossing:
         return {**self.square.to_dict(), "gaps": None if self.gaps is None else self.gaps.to_dict()}
 
     def to_json(self, path: str | Path) -> Path:
-        return Comparison.to_json(self, path)  # type: ignore[arg-type]
+        return write_json(self.to_dict(), path)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         parts: list[RenderableType] = [self.square]

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from pyrometer.inference import EM, HMC, NUTS, SMC, SVI, AnnealedImportance, ImportanceSampling, Problem, Quadrature
-from pyrometer.inference import learn as fit_parameters
 from pyrometer.inference.engines.annealed_importance import Bracket, bracket
+from pyrometer.inference.learn import Fit
 from pyrometer.models import vae
 
 from .comparison import Progress, Row, Theta, judge
@@ -38,20 +38,23 @@ ENGINES = {
 }
 
 
-def steps(seed: int, announce: Callable[[str], None], progress: Progress) -> tuple[Problem, Iterator[Theta | Row]]:
-    """The problem that is judged, and its thetas and rows as they are ready."""
+def steps(
+    seed: int, announce: Callable[[str], None], progress: Progress, fits: dict[str, Fit]
+) -> tuple[Problem, Iterator[Theta | Row]]:
+    """The problem that is judged, and its thetas and rows as they are ready; `fits` collects what was learned."""
     digits, judged = vae.problem(), vae.problem(num_train=JUDGED)
     judged = replace(judged, name=f"{judged.name}, engines judged on {JUDGED} of {len(digits.args[0])} digits")
-    found = judge(digits, ENGINES, learn=LEARNERS, seed=seed, on=judged, announce=announce, progress=progress)
+    found = judge(
+        digits, ENGINES, learn=LEARNERS, seed=seed, on=judged, announce=announce, progress=progress, fits=fits
+    )
     return judged, found
 
 
-def bracketed(problem: Problem, seed: int) -> Bracket:
+def bracketed(problem: Problem, fits: dict[str, Fit], seed: int) -> Bracket:
     """The evidence from below and above at the first learner's theta."""
     name = next(iter(LEARNERS))
-    fit = fit_parameters(vae.problem(), LEARNERS[name], seed=row_seed(seed, name))
     engine = AnnealedImportance(start="prior", num_samples=32)
-    return bracket(problem, engine, seed=row_seed(seed, name, "bracket"), parameters=fit)
+    return bracket(problem, engine, seed=row_seed(seed, name, "bracket"), parameters=fits[name])
 
 
 def in_words(found: Bracket) -> str:

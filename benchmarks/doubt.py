@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from pyrometer.inference import ImportanceSampling, Posterior, Problem, ProblemError, infer
-from pyrometer.inference.diagnostics import K_HAT_CAUTION
 from pyrometer.inference.learn import Fit
-from pyrometer.inference.statistics import psis
+from pyrometer.inference.statistics import k_hat_threshold, psis
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def worst_data(posterior: Posterior, threshold: float | None = None) -> Doubtful
     """
     found = k_hats(posterior).flatten().nan_to_num(nan=math.inf)
     if threshold is None:
-        threshold = min(1 - 1 / math.log10(max(posterior.num_chains * posterior.num_samples, 2)), K_HAT_CAUTION)
+        threshold = k_hat_threshold(posterior.num_chains * posterior.num_samples)
     order = found.argsort(descending=True, stable=True)
     worst = tuple((int(i), float(found[i])) for i in order if found[i] > threshold)
     return Doubtful(threshold, found.numel(), worst)

@@ -32,8 +32,7 @@ from pyrometer.inference.guides import PairedGuide
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Status
 
-from .comparison import Comparison
-from .facts import describe, machine, plain, versions
+from .facts import as_text, describe, machine, plain, versions, write_json
 from .gaussian import FAMILIES, best_members, log_weights, member_of, start_from_draws
 from .methods import row_seed
 from .metrics import Judged, data_error, log_likelihood
@@ -113,7 +112,7 @@ class Gaps:
         yield self.table(options.max_width, options.ascii_only)
 
     def __str__(self) -> str:
-        return Comparison.__str__(self)  # type: ignore[arg-type]
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
@@ -121,7 +120,7 @@ class Gaps:
 
     def to_json(self, path: str | Path) -> Path:
         """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return Comparison.to_json(self, path)  # type: ignore[arg-type]
+        return write_json(self.to_dict(), path)
 
 
 def gaps(

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pyrometer.inference import ProblemError
+from pyrometer.inference import Problem, ProblemError, Status, learn
+from pyrometer.inference.learn import Fit
 from pyrometer.inference.registry import as_engine, as_learner
 from pyrometer.inference.settings import options
 
@@ -84,3 +85,22 @@ def row_seed(seed: int, *names: str) -> int:
     digest = hashlib.sha256("\0".join(names).encode()).digest()
     key = tuple(np.frombuffer(digest, "<u4").tolist())
     return int(np.random.SeedSequence(int(seed), spawn_key=key).generate_state(1)[0])
+
+
+def trained(problem: Problem, name: str, learner: Any, seed: int, **running: Any) -> tuple[dict[str, Any], Fit | None]:
+    """What a record says of theta learned by this learner: learner, settings, seed, status, objective, objective_kind,
+    notes and cost; and the fit, where there is one."""
+    facts: dict[str, Any] = {"learner": name, "settings": settings(learner), "seed": row_seed(seed, name)}
+    try:
+        fit = learn(problem, learner, seed=facts["seed"], **running)
+    except ProblemError as error:
+        return {**facts, "status": Status("unsupported", str(error))}, None
+    last = len(fit.trail.value) - 1
+    facts |= {
+        "status": fit.status,
+        "cost": fit.cost,
+        "objective": float(fit.trail.value[last]) if last >= 0 else None,
+        "objective_kind": fit.trail.kind,
+        "notes": fit.notes,
+    }
+    return facts, fit if fit.status.done else None

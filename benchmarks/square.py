@@ -20,15 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pyrometer.inference import Problem, ProblemError
-from pyrometer.inference import learn as fit_parameters
 from pyrometer.inference.engine import check_problem
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Cost, Evidence, Status
 
-from .comparison import Comparison, PerDatum, Progress
+from .comparison import PerDatum, Progress
 from .doubt import Doubtful, k_hat_known, worst_data
-from .facts import describe, machine, plain, versions
-from .methods import engines_from, learners_from, row_seed, settings
+from .facts import as_text, describe, machine, plain, versions, write_json
+from .methods import engines_from, learners_from, row_seed, settings, trained
 from .metrics import BY_PROBLEM, data_error, log_likelihood
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ class Square:
         yield self.table(options.max_width, options.ascii_only)
 
     def __str__(self) -> str:
-        return Comparison.__str__(self)  # type: ignore[arg-type]
+        return as_text(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
@@ -139,7 +138,7 @@ class Square:
 
     def to_json(self, path: str | Path) -> Path:
         """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return Comparison.to_json(self, path)  # type: ignore[arg-type]
+        return write_json(self.to_dict(), path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Square:
@@ -225,10 +224,10 @@ def steps(
     def run() -> Iterator[Trained | Cell]:
         for name, learner in chosen.items():
             announce(f"learning theta by {name}")
-            trained, fit = _train(problem, name, learner, seed, running)
+            facts, fit = trained(problem, name, learner, seed, **running)
             if fits is not None and fit is not None:
                 fits[name] = fit
-            yield trained
+            yield Trained(**facts)
             for label, judge in judges.items():
                 empty = Cell(name, label, _settings(judge), row_seed(seed, "square", name, label))
                 if fit is None:
@@ -261,26 +260,6 @@ def evaluators_from(given: Any) -> dict[str, Any]:
 
 def _settings(judge: Any) -> dict[str, Any]:
     return {} if isinstance(judge, str) else settings(judge)
-
-
-def _train(
-    problem: Problem, name: str, learner: Any, seed: int, running: Mapping[str, Any]
-) -> tuple[Trained, Fit | None]:
-    trained = Trained(name, settings(learner), row_seed(seed, name))
-    try:
-        fit = fit_parameters(problem, learner, seed=trained.seed, **running)
-    except ProblemError as error:
-        return replace(trained, status=Status("unsupported", str(error))), None
-    last = len(fit.trail.value) - 1
-    trained = replace(
-        trained,
-        status=fit.status,
-        cost=fit.cost,
-        objective=float(fit.trail.value[last]) if last >= 0 else None,
-        objective_kind=fit.trail.kind,
-        notes=fit.notes,
-    )
-    return trained, fit if fit.status.done else None
 
 
 def _judge(target: Problem, empty: Cell, judge: Any, fit: Fit, running: Mapping[str, Any]) -> Cell:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .statistics import ess, psis, rhat
+from .statistics import ess, k_hat_threshold, psis, rhat
 
 LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
 
@@ -21,7 +21,7 @@ ESS_CAUTION, ESS_BAD = 100, 10  # per chain
 E_BFMI_CAUTION = 0.3
 DIVERGENT_BAD = 0.01  # share of the draws
 KISH_CAUTION, KISH_BAD = 20, 5  # draws that carry the weight
-K_HAT_CAUTION, K_HAT_BAD = 0.7, 1.0
+K_HAT_BAD = 1.0
 K_HAT_BAD_SHARE = 0.01  # among many data a few large k-hats are chance,
 BY_CHANCE = 0.01  # and so are a few large R-hats
 
@@ -288,7 +288,7 @@ def _weighted(log_weights: Tensor, advice: str) -> Judgement:
     k_hat = psis(log_w)[1]
     known = ~k_hat.isnan()
     if known.any():
-        threshold = min(1 - 1 / math.log10(draws), K_HAT_CAUTION)
+        threshold = k_hat_threshold(draws)
         worst = k_hat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         largest, high = float(worst.max()), int((worst > threshold).sum())
         figures |= {"k_hat": largest, "k_hat_threshold": threshold, "k_hat_high": high / data}

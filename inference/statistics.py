@@ -191,6 +191,11 @@ def psis(log_weights: Tensor) -> tuple[Tensor, Tensor]:
     return columns.T.reshape(raw.shape), k_hat.reshape(raw.shape[1:])
 
 
+def k_hat_threshold(draws: int) -> float:
+    """Above which k-hat says that figures from so many draws are not to be relied on: min(1 - 1 / log10 S, 0.7)."""
+    return min(1 - 1 / math.log10(max(draws, 2)), 0.7)
+
+
 def _smooth(columns: Tensor, k_hat: Tensor, rows: Tensor, count: int) -> None:
     """`psis` in place, for those rows of (K, S) that have `count` positive weights."""
     tail = math.ceil(min(count / 5, 3 * math.sqrt(count)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyro
@@ -156,11 +157,10 @@ def frozen(density: Density, draws: dict[str, torch.Tensor], step_size: float) -
     }
 
 
-def nuts_walk(model: str, backend: str, step_size: float, max_tree_depth: int = 8) -> Walk:
+def engine_walk(model: str, engine: Any, step_size: float) -> Walk:
     """Chains from given states, all of one call; the mass matrix is that of 1,000 draws of the target."""
     case = MODELS[model]
     density = Density(Problem(case.model))
-    engine = NUTS(backend=backend, max_tree_depth=max_tree_depth)
 
     def tensors(values: Values) -> dict[str, torch.Tensor]:
         return {n: torch.from_numpy(v) for n, v in values.items()}
@@ -186,7 +186,7 @@ STEP = {"hierarchical_normal": 0.25, "waiting_times": 0.4, "labelled": 0.5}
 
 def walk_at(model: str, setting: str, backend: str) -> Walk:
     stretch, depth = SETTINGS[setting]
-    return nuts_walk(model, backend, STEP[model] * stretch, depth)
+    return engine_walk(model, NUTS(backend=backend, max_tree_depth=depth), STEP[model] * stretch)
 
 
 def assert_invariant(model: str, setting: str, backend: str, replicates: int, seed: int = 0) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import rank_test
 from scipy import stats
-from test_kernels import MODELS, STEP, forgets, frozen
+from test_kernels import MODELS, STEP, engine_walk, forgets
 from test_ranks import NORMAL
 
 from pyrometer.inference import HMC, NUTS, Problem, ProblemError, RandomWalk, infer, mcmc
@@ -70,33 +70,9 @@ ENGINES = {
 }
 
 
-def lanes_walk(model, engine, step_size):
-    """Chains from given states; the mass matrix is that of 1,000 draws of the target."""
-    case = MODELS[model]
-    density = Density(Problem(case.model))
-
-    def tensors(values):
-        return {n: torch.from_numpy(v) for n, v in values.items()}
-
-    with density, torch.no_grad():
-        state = frozen(density, tensors(case.draw(1_000, np.random.default_rng(5))), step_size)
-
-    def walk(z, _, steps, rng):
-        seed = int(rng.integers(2**63))
-        with isolated(seed), density, torch.no_grad():
-            warm = {n: t[:1].repeat(len(z), *[1] * (t.dim() - 1)) for n, t in state.items()}
-            warm["position"] = density.unconstrain(tensors(case.sites(z)))
-            density.kept.clear()  # chains come in another number each time
-            run = Run(density, np.random.SeedSequence(seed), warm)
-            draws = replace(engine, num_samples=steps, num_chains=len(z)).run(density, run)
-        return case.flat({n: v.numpy() for n, v in draws.values.items()})
-
-    return walk
-
-
 def judged(model, name, replicates, seed=0):
     engine, stretch = ENGINES[name]
-    return rank_test(MODELS[model].target(), lanes_walk(model, engine, STEP[model] * stretch), replicates, seed)
+    return rank_test(MODELS[model].target(), engine_walk(model, engine, STEP[model] * stretch), replicates, seed)
 
 
 @pytest.mark.slow
@@ -109,7 +85,7 @@ def test_a_kernel_leaves_its_target_invariant(model, name):
 
 
 def test_chains_move():
-    walk = lanes_walk("waiting_times", *ENGINES["nuts"])
+    walk = engine_walk("waiting_times", *ENGINES["nuts"])
     assert forgets(MODELS["waiting_times"].target(), walk) < 0.7
 
 

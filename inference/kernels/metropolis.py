@@ -145,6 +145,7 @@ class _Hamiltonian:
             return (*point, acceptance, torch.where(uniform < acceptance, after, before), lost)
 
         ones, mass = torch.ones_like(example.u[:, 0]), torch.ones_like(example.u)
+        none = torch.zeros(len(ones), dtype=torch.int64, device=ones.device)
         # what the target has no part in is compared at figures of moderate size: extreme data must not decide
         plain = [Point(*(torch.cos(torch.arange(t.numel(), device=t.device) + k).reshape(t.shape).to(t)
                          for t in example)) for k in range(3)]  # fmt: skip
@@ -157,7 +158,7 @@ class _Hamiltonian:
                     0.1 * ones,
                     mass,
                     streams.keys(k, len(ones), ones.device),
-                    torch.zeros_like(lanes.ids, device=ones.device),
+                    none,
                 )
                 for k, point in enumerate(plain[:2])
             ],
@@ -224,6 +225,7 @@ class _RandomWalk:
             return point.u, point.values, acceptance, -path(beta, point.values)[0]
 
         ones, mass = torch.ones_like(example.u[:, 0]), torch.ones_like(example.u)
+        none = torch.zeros(len(ones), dtype=torch.int64, device=ones.device)
         self.step = lanes.compile(
             step,
             [
@@ -233,7 +235,7 @@ class _RandomWalk:
                     0.1 * ones,
                     mass,
                     streams.keys(k, len(ones), ones.device),
-                    0 * lanes.ids.to(ones.device),
+                    none,
                 )
                 for k in range(2)
             ],
