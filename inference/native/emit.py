@@ -25,7 +25,7 @@ PRELUDE = r"""#include <stdint.h>
 #else
 #define VECTOR
 #endif
-#define UNARY(f) VECTOR double f(double); VECTOR float f##f(float);
+#define UNARY(name) VECTOR double name(double); VECTOR float name##f(float);
 UNARY(acos) UNARY(acosh) UNARY(asin) UNARY(asinh) UNARY(atan) UNARY(atanh) UNARY(cos) UNARY(cosh) UNARY(erf) UNARY(erfc)
 UNARY(exp) UNARY(exp2) UNARY(expm1) UNARY(log) UNARY(log10) UNARY(log1p) UNARY(log2) UNARY(sin) UNARY(sinh) UNARY(tan)
 UNARY(tanh)
