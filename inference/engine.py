@@ -125,6 +125,7 @@ def infer(
     progress: bool | Callable[[str, int, int], None] = False,
     device: torch.device | str | None = None,
     backend: str = "auto",
+    dtype: torch.dtype | None = None,
 ) -> Posterior:
     """Approximate p_theta(z | x), theta held fixed.
 
@@ -134,13 +135,15 @@ def infer(
     progress    True draws a bar on a terminal; a function is called with (stage, step, total)
     backend     how the density is run where it is compiled: 'auto' (the fastest that serves), 'native', 'graph',
                 'eager' or 'inductor'; what served stands in `cost.backend`
+    dtype       of the computation: None, float64 where the program allows it; torch.float32 is about twice as fast on
+                large decoders, and rounds the log joint to some 1e-7 of its size
     Returns a posterior whose `status` says how it ended: an engine that does not serve the model is 'unsupported',
     a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
     """
     method: Engine = as_engine(engine)
     check_problem(problem)
     with isolated(seed, device), torch.no_grad():
-        density, reason = _prepare(problem, method, parameters, device, backend)
+        density, reason = _prepare(problem, method, parameters, device, backend, dtype)
         if reason:
             with density:  # where theta is this run's
                 return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
@@ -171,10 +174,15 @@ def why_not(
 
 
 def _prepare(
-    problem: Problem, engine: Engine, parameters: Any, device: Any, backend: str = "auto"
-) -> tuple[Density, str]:
+    problem: Problem, engine: Engine, parameters: Any, device: Any, backend: str = "auto",
+    dtype: torch.dtype | None = None,
+) -> tuple[Density, str]:  # fmt: skip
+    if dtype not in (None, torch.float32, torch.float64):
+        raise ProblemError(f"dtype={dtype!r}: expected torch.float64, torch.float32 or None.")
     prepare = getattr(engine, "prepare", None)  # an engine may bring a guide of its own
-    density = Density(prepare(problem) if prepare else problem, device=device, backend=backend)
+    density = Density(prepare(problem) if prepare else problem, device=device, dtype=dtype, backend=backend)
+    if dtype == torch.float32:
+        density.notes.append("computed in float32")
     if parameters is not None:
         density.set_parameters(parameters)
     if not density.latents:
