@@ -13,7 +13,7 @@ from rich.text import Text
 from . import cases
 from .agreement import LIMIT
 from .results import UNITS, Benchmark, Row
-from .tools import OURS
+from .tools import OURS, is_ours
 
 R_HAT_LIMIT = 1.05
 
@@ -115,7 +115,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _verdict(rows: Sequence[Row], kind: str) -> list[str]:
     """Ours beside the best peer that agrees with the others, and beside the best of our precision."""
     ours = next((row for row in rows if row.tool == OURS and row.rate), None)
-    peers = [row for row in rows if row.tool != OURS and row.rate and not _suspect(row)]
+    peers = [row for row in rows if not is_ours(row.tool) and row.rate and not _suspect(row)]
     if ours is None or not peers:
         return []
     found = {"the best peer": _fastest(peers)}

@@ -19,6 +19,11 @@ from ..record import Answer, Plan
 OURS = "pyrometer"
 
 
+def is_ours(name: str) -> bool:
+    """Ourselves, in whichever precision."""
+    return name == OURS or name.startswith(f"{OURS}-")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A case ready to run: each function takes a seed and answers.
@@ -74,7 +79,7 @@ def tools() -> list[Tool]:
     """Every tool, ours first, then in the order of files."""
     modules = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     found = [tool for name in modules for tool in importlib.import_module(f"{__name__}.{name}").TOOLS]
-    return sorted(found, key=lambda tool: tool.name != OURS)
+    return sorted(found, key=lambda tool: (tool.name != OURS, not is_ours(tool.name)))
 
 
 def chosen(given: Iterable[str], kinds: Iterable[str]) -> list[Tool]:

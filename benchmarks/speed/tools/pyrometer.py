@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 
 from ..record import Draws, Plan, Steps, Weights
 from . import OURS, Prepared, Tool
 
 
-def nuts(case: ModuleType, plan: Plan) -> Prepared:
+def nuts(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    import torch
+
     from pyrometer.inference import NUTS, infer
 
     problem = case.problem(case.data())
@@ -16,7 +19,7 @@ def nuts(case: ModuleType, plan: Plan) -> Prepared:
     engine = NUTS(num_samples=plan.draws, num_chains=plan.chains, **warmup)
 
     def called(seed: int) -> Draws:
-        posterior = infer(problem, engine, seed=seed)
+        posterior = infer(problem, engine, seed=seed, dtype=getattr(torch, precision))
         if not posterior.status.done:
             raise RuntimeError(str(posterior.status))
         cost = posterior.cost
@@ -73,8 +76,9 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
 REQUIRES = {"pyrometer": "pyrometer.inference", "torch": "torch", "pyro-ppl": "pyro"}
 
 TOOLS = [
-    Tool(OURS, "posterior", REQUIRES, "float64", nuts),
-    Tool(OURS, "per-datum", REQUIRES, "float64", nuts),
+    Tool(OURS, "posterior", REQUIRES, "float64", partial(nuts, "float64")),
+    Tool(OURS, "per-datum", REQUIRES, "float64", partial(nuts, "float64")),
+    Tool(f"{OURS}-float32", "per-datum", REQUIRES, "float32", partial(nuts, "float32")),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
 ]
