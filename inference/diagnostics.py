@@ -48,6 +48,34 @@ class Diagnostics:
     def __contains__(self, name: str) -> bool:
         return name in self.figures
 
+    def over_data(self, worst: int = 5) -> dict[str, OverData]:
+        """Each figure that every datum has for itself ('r_hat', 'ess_bulk', 'ess_tail', 'divergences'), in short."""
+        suffix = "_per_datum"
+        return {
+            name.removesuffix(suffix): OverData.of(figure, worst, largest=not name.startswith("ess"))
+            for name, figure in self.figures.items()
+            if name.endswith(suffix)
+        }
+
+
+@dataclass(frozen=True)
+class OverData:
+    """A figure over the data: its 5, 50 and 95 % quantiles, and the worst data, (index, value), worst first.
+
+    An index is that of the batch, (17,) or (3, 17); what is not a number counts as worst.
+    """
+
+    quantiles: tuple[float, float, float]
+    worst: tuple[tuple[tuple[int, ...], float], ...]
+
+    @classmethod
+    def of(cls, figure: Tensor, worst: int, largest: bool) -> OverData:
+        flat = figure.double().flatten()
+        badness = torch.nan_to_num(flat if largest else -flat, nan=math.inf)
+        order = badness.argsort(descending=True, stable=True)[:worst]
+        low, middle, high = flat.nanquantile(torch.tensor([0.05, 0.5, 0.95], dtype=flat.dtype)).tolist()
+        return cls((low, middle, high), tuple((tuple(_unravel(int(i), figure.shape)), float(flat[i])) for i in order))
+
 
 Finding = tuple[str, str]  # level, and what was found in words
 Judgement = tuple[dict[str, Any], list[Finding]]

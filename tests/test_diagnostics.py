@@ -369,3 +369,25 @@ def test_bad_calls_are_refused():
         diagnose(draws, kind="weighted")
     with pytest.raises(ValueError, match="kind 'vi': expected"):
         diagnose(draws, kind="vi")
+
+
+def test_figures_over_data_are_told_by_quantiles_and_the_worst_data():
+    """Datum (1, 2) has chains apart, datum (0, 3) moves slowly; all else is white noise."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn((4, 500, 2, 5), generator=generator, dtype=torch.float64)
+    z[0, :, 1, 2] += 3.0
+    z[:, :, 0, 3] = z[:, :, 0, 3].cumsum(1)
+    diverging = torch.zeros((4, 500, 2, 5), dtype=torch.bool)
+    diverging[:, :7, 0, 1] = True
+    told = diagnose({"z": z}, sample_stats={"diverging": diverging}, batch_shape=(2, 5)).over_data(worst=2)
+    assert list(told) == ["r_hat", "ess_bulk", "ess_tail", "divergences"]
+    assert {index for index, _ in told["r_hat"].worst} == {(1, 2), (0, 3)}
+    assert told["r_hat"].worst[0][1] > told["r_hat"].worst[1][1] > 1.01
+    assert {index for index, _ in told["ess_bulk"].worst} == {(1, 2), (0, 3)}
+    assert told["divergences"].worst[0] == ((0, 1), 28.0)
+    low, middle, high = told["ess_bulk"].quantiles
+    assert low < 100 < 1500 < middle < high
+    assert told["ess_bulk"].quantiles == tuple(
+        float(diagnose({"z": z}, batch_shape=(2, 5))["ess_bulk_per_datum"].quantile(q)) for q in (0.05, 0.5, 0.95)
+    )
+    assert diagnose({"z": z[:, :, 0, 0]}).over_data() == {}
