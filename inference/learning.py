@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .compile import Compiled
 from .density import Density
+from .distributed import average, own_noise, processes, share
 from .engine import Draws
 from .posterior import Posterior
 from .problem import ProblemError
@@ -90,7 +91,9 @@ class TrailWriter:
         return Trail(rows[:, 0].long(), rows[:, 1], rows[:, 2], rows[:, 3], self.kind)
 
 
-def minibatches(density: Density, batch_size: int | None) -> Iterator[Tensor | None]:
+def minibatches(
+    density: Density, batch_size: int | None, generator: torch.Generator | None = None
+) -> Iterator[Tensor | None]:
     """Row indices, without end: the data are shuffled, cut into batches, and what is left over is dropped, so that
     every batch is a uniform draw without replacement. None, for all data, where batch_size is None."""
     if batch_size is None:
@@ -98,7 +101,7 @@ def minibatches(density: Density, batch_size: int | None) -> Iterator[Tensor | N
             yield None
     size = density.sliceable().size
     while True:
-        order = torch.randperm(size)
+        order = torch.randperm(size, generator=generator)
         if density.device is not None:
             order = order.to(density.device)
         for start in range(0, size - batch_size + 1, batch_size):
@@ -118,11 +121,39 @@ def descend(
 
     Compiled where there are enough steps to pay for it; Adam then runs in machine code too, `BLOCK` steps a call.
     Random numbers and minibatches come in the same order whatever the back end. A loss that is not finite moves
-    nothing, and is the last.
+    nothing, and is the last. In a process group each process takes its share of the rows (`distributed`).
     """
     if not tensors:
         return
-    batches, cost = minibatches(density, batch_size), dict[str, float]()
+    with own_noise() as common:
+        yield from _steps(
+            density, loss, tensors, optimizer, learning_rate, _shared(density, batch_size, common), num_steps
+        )
+
+
+def _shared(
+    density: Density, batch_size: int | None, common: torch.Generator | None
+) -> Iterator[tuple[Tensor | None, float]]:
+    """Minibatches, and the share of each that this process has."""
+    for rows in minibatches(density, batch_size, common):
+        if common is None:
+            yield rows, 1.0
+            continue
+        whole = torch.arange(density.sliceable().size, device=density.device) if rows is None else rows
+        mine = share(whole)
+        yield mine, len(mine) / len(whole)
+
+
+def _steps(
+    density: Density,
+    loss: Callable[[], Tensor],
+    tensors: list[Tensor],
+    optimizer: Callable[..., torch.optim.Optimizer],
+    learning_rate: float,
+    batches: Iterator[tuple[Tensor | None, float]],
+    num_steps: int,
+) -> Iterator[float]:
+    cost = dict[str, float]()
 
     def step(*index: Tensor) -> tuple[Tensor, ...]:
         before = dict(density.counts)
@@ -135,24 +166,25 @@ def descend(
 
     run: Callable[..., tuple[Tensor, ...]] = step
     if num_steps > TRACE_FROM:
-        examples: list[tuple[Tensor, ...]] = [() if (b := next(batches)) is None else (b,) for _ in range(2)]
+        examples: list[tuple[Tensor, ...]] = [() if (b := next(batches)[0]) is None else (b,) for _ in range(2)]
         run = density.compile(step, examples, tensors, native=num_steps >= NATIVE_FROM)
     count = dict(cost) if run is not step else {}
     trainer = None
-    if isinstance(run, Compiled) and optimizer is torch.optim.Adam:
+    if isinstance(run, Compiled) and optimizer is torch.optim.Adam and processes() == 1:
         trainer = run.trainer(tensors, (learning_rate, 0.9, 0.999, 1e-8))
     if trainer is not None:
         for start in range(0, num_steps, BLOCK):
             indices = itertools.islice(batches, min(BLOCK, num_steps - start))
-            losses = trainer.run(() if index is None else (index,) for index in indices)
-            for key, share in count.items():
-                density.counts[key] += share * len(losses)
+            losses = trainer.run(() if index is None else (index,) for index, _ in indices)
+            for key, counted in count.items():
+                density.counts[key] += counted * len(losses)
             yield from losses.tolist()
         return
     moves = make_optimizer(optimizer, tensors, learning_rate)
     for _ in range(num_steps):
-        index = next(batches)
-        value, *gradients = run() if index is None else run(index)
+        index, weight = next(batches)
+        found = run() if index is None else run(index)
+        value, *gradients = found if processes() == 1 else average(found, weight)
         for key, counted in count.items():
             density.counts[key] += counted
         if value.isfinite():
