@@ -27,8 +27,9 @@ types: $(INSTALLED)
 	@for folder in $(PACKAGES); do ln -sfn "$(CURDIR)/$$folder" "build/types/pyrometer/$$folder"; done
 	MYPYPATH=build/types $(BIN)/mypy $(foreach folder,$(PACKAGES),-p pyrometer.$(folder))
 
+# Files side by side, one thread each: on few cores a second thread costs more than it gains.
 tests: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -2,7 +2,7 @@
 
 Engines and families of models are discovered, so one that is added is tested the moment it exists. Beside the
 families stand tiny problems, written here as plain Pyro, each with its exact posterior and evidence. Every pair runs
-once (a few of them again, for seeds and warm starts) with small settings; each promise then has a test of its own.
+once, and some of them again, for seeds and warm starts, with small settings; each promise has a test of its own.
 """
 
 from __future__ import annotations
@@ -234,6 +234,14 @@ MAKERS: dict[str, Callable[[], Problem]] = {
 ENGINES = registry.engines()
 PAIRS = [pytest.param(e, p, id=f"{e}-{p}") for e in ENGINES for p in MAKERS]
 every_pair = pytest.mark.parametrize(("engine_name", "problem_name"), PAIRS)
+# Promises that take more runs of a pair: every engine on the tiny problems, every problem by a sampler and by weights.
+SOME = [
+    pytest.param(e, p, id=f"{e}-{p}")
+    for e in ENGINES
+    for p in MAKERS
+    if p in {make.__name__ for make in TINY} or e in ("nuts", "importance_sampling")
+]
+some_pairs = pytest.mark.parametrize(("engine_name", "problem_name"), SOME)
 
 
 def small(cls: type) -> Any:
@@ -385,7 +393,7 @@ def test_an_engine_refuses_a_setting_it_does_not_know(engine_name):
 # The contract
 
 
-@every_pair
+@some_pairs
 def test_a_run_leaves_nothing_behind(engine_name, problem_name):
     """Global generators, the param store with a user's entry in it, defaults, and the problem's tensors."""
     problem = problem_of(problem_name)
@@ -591,7 +599,7 @@ def test_saving_and_loading_keeps_every_bit(engine_name, problem_name, tmp_path)
     assert loaded.batch_shape == posterior.batch_shape
 
 
-@every_pair
+@some_pairs
 def test_arviz_gets_the_same_draws(engine_name, problem_name):
     posterior = finished(engine_name, problem_name)
     shown = posterior.to_arviz()
@@ -608,7 +616,7 @@ def test_arviz_gets_the_same_draws(engine_name, problem_name):
         assert all(np.isfinite(v.values).all() for v in shown["log_likelihood"].data_vars.values())
 
 
-@every_pair
+@some_pairs
 def test_the_seed_is_all_the_randomness_there_is(engine_name, problem_name):
     """The same seed gives the same numbers, bit by bit; another seed other draws, unless the engine is exact."""
     first = finished(engine_name, problem_name)
@@ -625,7 +633,7 @@ def test_the_seed_is_all_the_randomness_there_is(engine_name, problem_name):
             assert not np.isin(a.numpy(), b.numpy()).any(), "two seeds share draws"
 
 
-@every_pair
+@some_pairs
 def test_a_posterior_is_a_warm_start(engine_name, problem_name):
     """What `state` holds is taken up again: a warm run is done and has the shapes of a cold one."""
     first = finished(engine_name, problem_name)
