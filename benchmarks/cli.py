@@ -162,8 +162,14 @@ def square(
 
 
 @main.command(name="list")
-def list_() -> None:
+@click.option("--serves", "matrix", is_flag=True, help="Which engine runs on which model, and why not, as markdown.")
+def list_(matrix: bool) -> None:
     """List the models, engines and learners that can be named."""
+    if matrix:
+        from .serves import as_markdown, serves
+
+        click.echo(as_markdown(serves()))
+        return
     from pyrometer.inference.registry import engines, learners
     from pyrometer.models import families
 

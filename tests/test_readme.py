@@ -13,6 +13,7 @@ from torch.distributions import HalfNormal, MultivariateNormal
 
 from pyrometer.benchmarks import compare
 from pyrometer.benchmarks.metrics import METRICS
+from pyrometer.benchmarks.serves import as_markdown, serves
 from pyrometer.inference import infer
 from pyrometer.models import conjugate_gaussian
 
@@ -98,6 +99,17 @@ def test_the_example_metric_joins_the_table():
     bias = comparison.rows[0].errors["bias"]
     assert bias.where == "z"
     assert bias.average <= comparison.rows[0].errors["error of means"].average
+
+
+def test_the_table_of_engines_and_models_is_what_the_engines_answer():
+    text = (ROOT / "README.md").read_text()
+    (table,) = re.findall(r"<!-- serves: .*? -->\n(.*?)\n<!-- end of serves -->", text, re.DOTALL)
+    assert table == as_markdown(serves()), "run `pyrometer list --serves` and put its answer into README.md"
+
+
+def test_an_engine_that_refuses_says_why_for_each_family():
+    found = {"one": {"a": "", "b": "too | wide", "c": "too | wide"}, "two": {"a": "", "b": "", "c": ""}}
+    assert as_markdown(found).splitlines()[2:] == ["| `one` | `a` | `b`, `c`: too \\| wide |", "| `two` | all |  |"]
 
 
 @pytest.fixture(autouse=True)
