@@ -15,6 +15,7 @@ from .lower import UnsupportedError
 
 SCRATCH_LIMIT = 2**28  # bytes of working memory a thread may need
 SOURCE_LIMIT = 4 * 2**20  # characters; a compiler takes some 3 s for each million
+STACK = 1024  # numbers that may lie there
 SPLIT = 64  # with more nests than this, each is a function: compilers slow down on long ones
 
 PRELUDE = r"""#include <stdint.h>
@@ -69,7 +70,7 @@ int64_t pyrometer_call(void** a, void** r, void** c) { return body(a, r, c); }
 
 SAMPLER = r"""
 int64_t pyrometer_log_density(uint64_t dim, double* x, double* gradient, double* value, void* user) {
-  static _Thread_local double values[%d];
+  %sdouble values[%d];
   void *a[1] = {x}, *r[2] = {values, gradient};
   int64_t fault = body(a, r, (void**)user);
   if (fault) return fault;
@@ -133,23 +134,26 @@ class _Writer:
         blocks = [self._call(n) if isinstance(n, Call) else self._nest(n) for n in self.nests]
         if self.bytes > SCRATCH_LIMIT:
             raise UnsupportedError(f"working memory of {self.bytes / 2**20:.0f} MB")
-        memory = f"static _Thread_local char scratch[{max(self.bytes, 64)}] __attribute__((aligned(64)));\n"
+        memory = f"static _Thread_local char memory[{max(self.bytes, 64)}] __attribute__((aligned(64)));\n"
         text = [PRELUDE, memory]
         if len(blocks) > SPLIT:
             for i, block in enumerate(blocks):
-                text.append(f"static __attribute__((noinline)) int64_t part{i}(void** a, void** r, void** c) {{\n")
+                head = f"int64_t part{i}(void** a, void** r, void** c, char* scratch)"
+                text.append(f"static __attribute__((noinline)) {head} {{\n")
                 text.append(f"{self._pointers(block)}{block}return 0;\n}}\n")
-            body = "".join(f"if ((fault = part{i}(a, r, c))) return fault;\n" for i in range(len(blocks)))
+            body = "".join(f"if ((fault = part{i}(a, r, c, scratch))) return fault;\n" for i in range(len(blocks)))
             body = f"int64_t fault;\n{body}"
         else:
             body = "".join(blocks)
             body = self._pointers(body) + body
         if sum(len(part) for part in text) > SOURCE_LIMIT:
             raise UnsupportedError("the program unrolls to more operations than a C compiler takes in seconds")
+        # the empty instruction keeps the address in a register: compilers would ask for it again at every use
+        body = f'char* scratch = memory;\n__asm__("" : "+r"(scratch));\n{body}'
         text.append(f"static int64_t body(void** a, void** r, void** c) {{\n{body}return 0;\n}}\n{ENTRY}")
         if len(self.program.arguments) == 1 and len(self.program.results) == 2:
             size = self.program.results[0].buffer.size
-            text.append(SAMPLER % (size, size))
+            text.append(SAMPLER % ("static _Thread_local " if size > STACK else "", size, size))
         kinds = {w.dtype for w in self.program.results}
         if self.program.results[:1] and self.program.results[0].shape == () and len(kinds) == 1:
             (dtype,) = kinds
