@@ -7,6 +7,7 @@ that does not improve its element is refused and the damping raised, whatever th
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,29 +40,9 @@ def laplace(
     start  (*batch, D) to climb from; None: several draws of the prior, climbed side by side
     Raises `EngineError` where no finite start is found.
     """
-    u = _starts(density) if start is None else start[None]
+    starts = _starts(density) if start is None else start[None]
+    u, value, hessian, _ = climb(density, density.log_joint, starts, num_steps, tolerance)
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
-    damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
-    value, gradient, hessian = _curvature(density, u)
-    for _ in range(num_steps):
-        # -hessian + damping I, shifted where it is not positive definite, so that the step goes uphill
-        eigenvalues, vectors = torch.linalg.eigh(-hessian)
-        lowest = eigenvalues.clamp_min(1e-8).where(eigenvalues > 0, eigenvalues.abs().clamp_min(1e-3))
-        step = (vectors @ ((vectors.mT @ gradient[..., None]) / (lowest + damping[..., None])[..., None]))[..., 0]
-        promise = (gradient * step).sum(-1)
-        moving = promise > tolerance
-        if not bool(moving.any()):
-            break
-        proposal = u + step * moving[..., None]
-        new = _curvature(density, proposal)
-        better = moving & (new[0] > value) & new[1].isfinite().all(-1)
-        u = torch.where(better[..., None], proposal, u)
-        value = torch.where(better, new[0], value)
-        gradient = torch.where(better[..., None], new[1], gradient)
-        hessian = torch.where(better[..., None, None], new[2], hessian)
-        damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e12)
-        if not bool((moving & (damping < 1e11)).any()):
-            break
     best = value.argmax(0)
     climbed, value, u, hessian = u, value, _pick(u, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
@@ -74,6 +55,40 @@ def laplace(
     apart = torch.linalg.solve_triangular(tril, (climbed - u)[..., None], upper=False)[..., 0].norm(dim=-1) > 3
     rivals = (apart & (value > value.amax(0) - 5)).any(0)
     return GaussianFit(u, tril, int(rivals.sum()))
+
+
+def climb(
+    density: Density,
+    function: Callable[[Tensor], Tensor],
+    u: Tensor,
+    num_steps: int = 100,
+    tolerance: float = 1e-10,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Damped Newton steps uphill on a function of u (S, *batch, D) made of this density's, each point by itself: where
+    they end, its value and Hessian there, and how much higher the next step would hope to be, (S, *batch)."""
+    damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
+    value, gradient, hessian = _curvature(density, function, u)
+    promise = torch.full_like(value, math.inf)
+    for _ in range(num_steps):
+        # -hessian + damping I, shifted where it is not positive definite, so that the step goes uphill
+        eigenvalues, vectors = torch.linalg.eigh(-hessian)
+        lowest = eigenvalues.clamp_min(1e-8).where(eigenvalues > 0, eigenvalues.abs().clamp_min(1e-3))
+        step = (vectors @ ((vectors.mT @ gradient[..., None]) / (lowest + damping[..., None])[..., None]))[..., 0]
+        promise = (gradient * step).sum(-1)
+        moving = promise > tolerance
+        if not bool(moving.any()):
+            break
+        proposal = u + step * moving[..., None]
+        new = _curvature(density, function, proposal)
+        better = moving & (new[0] > value) & new[1].isfinite().all(-1)
+        u = torch.where(better[..., None], proposal, u)
+        value = torch.where(better, new[0], value)
+        gradient = torch.where(better[..., None], new[1], gradient)
+        hessian = torch.where(better[..., None, None], new[2], hessian)
+        damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e12)
+        if not bool((moving & (damping < 1e11)).any()):
+            break
+    return u, value, hessian, promise
 
 
 def moments(u: Tensor, weights: Tensor) -> GaussianFit:
@@ -91,14 +106,23 @@ def moments(u: Tensor, weights: Tensor) -> GaussianFit:
 
 def student_t(fit: GaussianFit, count: int, degrees: float) -> tuple[Tensor, Tensor]:
     """Draws u (count, *batch, D) from the multivariate t around a Gaussian fit, and their log density."""
-    dim = fit.mean.shape[-1]
     noise = torch.randn((count, *fit.mean.shape), dtype=fit.mean.dtype, device=fit.mean.device)
     shape = torch.full((count, *fit.mean.shape[:-1]), degrees / 2, dtype=fit.mean.dtype, device=fit.mean.device)
     noise = noise / (torch._standard_gamma(shape) * 2 / degrees).sqrt()[..., None]
-    u = fit.mean + (fit.tril @ noise[..., None])[..., 0]
+    return fit.mean + (fit.tril @ noise[..., None])[..., 0], _log_t(fit, noise, degrees)
+
+
+def student_t_log_density(fit: GaussianFit, u: Tensor, degrees: float) -> Tensor:
+    """The log density of that t at u (count, *batch, D), (count, *batch)."""
+    noise = torch.linalg.solve_triangular(fit.tril, (u - fit.mean)[..., None], upper=False)[..., 0]
+    return _log_t(fit, noise, degrees)
+
+
+def _log_t(fit: GaussianFit, noise: Tensor, degrees: float) -> Tensor:
+    dim = noise.shape[-1]
     constant = math.lgamma((degrees + dim) / 2) - math.lgamma(degrees / 2) - dim / 2 * math.log(degrees * math.pi)
     log_volume = fit.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return u, constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
+    return constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
 
 
 def _starts(density: Density, best: int = 2, others: int = 4, tries: int = 20) -> Tensor:
@@ -125,11 +149,11 @@ def _pick(values: Tensor, index: Tensor) -> Tensor:
     return values.gather(0, index.expand(1, *values.shape[1:]))[0]
 
 
-def _curvature(density: Density, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value (*batch), gradient (*batch, D) and Hessian (*batch, D, D) of the log joint."""
+def _curvature(density: Density, function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Value (*batch), gradient (*batch, D) and Hessian (*batch, D, D) of a function of u."""
     with torch.enable_grad():
         u = u.detach().requires_grad_(True)
-        value = density.log_joint(u)
+        value = function(u)
         (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=True)
         rows = []
         for i in range(u.shape[-1]):

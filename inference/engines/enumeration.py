@@ -11,6 +11,7 @@ import math
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, Run, as_chain
@@ -34,7 +35,7 @@ class Enumeration:
             return f"site {density.continuous[0]!r} is continuous; enumeration lists discrete values only"
         if density.unlisted:
             return f"site {density.unlisted[0]!r} cannot be listed: its support is infinite or differs between elements"
-        values = sum(math.log(k) * m for k, m in self._factors(density))
+        values = sum(math.log(k) * m for k, m in _factors(density))
         if values > math.log(self.max_values) + 1e-9:
             return (
                 f"{math.exp(min(values, 700.0)):.3g} joint values for one datum are more than "
@@ -43,22 +44,7 @@ class Enumeration:
         return ""
 
     def run(self, density: Density, run: Run) -> Draws:
-        radices = [k for k, m in self._factors(density) for _ in range(m)]
-        count = math.prod(radices)
-        digits, index = [], torch.arange(count)
-        for radix in reversed(radices):
-            digits.append(index % radix)
-            index = index // radix
-        digits.reverse()
-        values, batch = {}, tuple(density.batch_shape)
-        for name, site in density.latents.items():
-            assert site.support is not None
-            shape, m = site.inner_shape, math.prod(site.inner_shape)
-            chosen, digits = digits[:m], digits[m:]
-            table = torch.stack([site.support[d.to(site.support.device)] for d in chosen], 1)  # (K, m, *event)
-            table = table.reshape((count, *shape, *table.shape[2:]))
-            ones = (1,) * len(batch)
-            values[name] = table.reshape((count, *ones, *table.shape[1:])).expand((count, *batch, *table.shape[1:]))
+        values = every_value(density)
         log_joint = density.log_joint(values).double()
         evidence = torch.logsumexp(log_joint, 0)
         return Draws(
@@ -69,8 +55,29 @@ class Enumeration:
             deterministic=True,
         )
 
-    @staticmethod
-    def _factors(density: Density) -> list[tuple[int, int]]:
-        """(values of one element, number of elements in a datum) of each site."""
-        sites = density.latents.values()
-        return [(len(s.support), math.prod(s.inner_shape)) for s in sites if s.support is not None]
+
+def every_value(density: Density) -> dict[str, Tensor]:
+    """All joint values of the discrete latents of a datum, site -> (K, *batch, *event)."""
+    radices = [k for k, m in _factors(density) for _ in range(m)]
+    count = math.prod(radices)
+    digits, index = [], torch.arange(count)
+    for radix in reversed(radices):
+        digits.append(index % radix)
+        index = index // radix
+    digits.reverse()
+    values, batch = {}, tuple(density.batch_shape)
+    for name, site in density.latents.items():
+        assert site.support is not None
+        shape, m = site.inner_shape, math.prod(site.inner_shape)
+        chosen, digits = digits[:m], digits[m:]
+        table = torch.stack([site.support[d.to(site.support.device)] for d in chosen], 1)  # (K, m, *event)
+        table = table.reshape((count, *shape, *table.shape[2:]))
+        ones = (1,) * len(batch)
+        values[name] = table.reshape((count, *ones, *table.shape[1:])).expand((count, *batch, *table.shape[1:]))
+    return values
+
+
+def _factors(density: Density) -> list[tuple[int, int]]:
+    """(values of one element, number of elements in a datum) of each site."""
+    sites = density.latents.values()
+    return [(len(s.support), math.prod(s.inner_shape)) for s in sites if s.support is not None]
