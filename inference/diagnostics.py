@@ -91,6 +91,7 @@ def diagnose(
     guide_log_ratio: Tensor | None = None,
     deterministic: bool = False,
     alarms: tuple[str, ...] = (),
+    exact: bool = False,
 ) -> Diagnostics:
     """Judge draws by what can be known for their kind.
 
@@ -103,6 +104,8 @@ def diagnose(
               the weights are then exact, not drawn
     iid       num_draws and, with `guide_log_ratio` = log p(x, z) - log q(z), the figures of 'weighted'
     point     none: a point says nothing on how good it is
+    With `exact` independent draws are the posterior's own, and num_draws (smallest over the batch) is all there is to
+    judge: those of weight zero are none.
 
     draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
     alarms: what the engine itself saw that speaks against its answer; each is a caution.
@@ -119,6 +122,8 @@ def diagnose(
         findings = [("bad", "there are no draws")]
     elif findings := _not_finite(draws):
         pass  # figures of broken draws would only repeat the news
+    elif exact:
+        figures, findings = _exact(draws, log_weights)
     elif kind == "mcmc":
         figures, findings = _mcmc(draws, sample_stats or {}, len(batch_shape))
     elif kind == "weighted":
@@ -347,6 +352,16 @@ def _iid(draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None) -> Judgeme
         share = f"{float(nowhere.max()):.0%} of the draws have no density{_datum(nowhere.argmax(), nowhere.shape)}"
         findings = [("bad", f"{share}, so the ELBO is minus infinity: the guide leaves the support"), *findings]
     return figures | of_guide, findings
+
+
+def _exact(draws: Mapping[str, Tensor], log_weights: Tensor | None) -> Judgement:
+    values = next(iter(draws.values()))
+    count = values.shape[0] * values.shape[1]
+    if log_weights is not None:
+        count = int((log_weights.flatten(0, 1) > -math.inf).sum(0).min())
+    level = _level(count > KISH_CAUTION, count <= KISH_BAD)
+    text = f"{count} independent draws of the posterior itself"
+    return {"num_draws": count}, [(level, text if level == "good" else f"{text} (should be > {KISH_CAUTION})")]
 
 
 def _no_weight(log_weights: Tensor) -> list[Finding]:

@@ -47,6 +47,7 @@ class Draws:
     notes: tuple[str, ...] = ()
     log_ratio: Tensor | None = None  # log p(x, z) - log q(z) of draws from q, (S, *batch)
     deterministic: bool = False  # weighted points of a rule, without sampling error
+    exact: bool = False  # independent draws of the posterior itself
     alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # of its own, for the diagnostics
 
@@ -255,6 +256,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         notes=tuple(notes),
         guide_log_ratio=draws.log_ratio,
         deterministic=draws.deterministic,
+        exact=draws.exact,
         alarms=draws.alarms,
     )
     return Posterior(

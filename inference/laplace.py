@@ -40,7 +40,7 @@ def laplace(
     start  (*batch, D) to climb from; None: several draws of the prior, climbed side by side
     Raises `EngineError` where no finite start is found.
     """
-    starts = _starts(density) if start is None else start[None]
+    starts = starting_points(density) if start is None else start[None]
     u, value, hessian, _ = climb(density, density.log_joint, starts, num_steps, tolerance)
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     best = value.argmax(0)
@@ -125,7 +125,7 @@ def _log_t(fit: GaussianFit, noise: Tensor, degrees: float) -> Tensor:
     return constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
 
 
-def _starts(density: Density, best: int = 2, others: int = 4, tries: int = 20) -> Tensor:
+def starting_points(density: Density, best: int = 2, others: int = 4, tries: int = 20) -> Tensor:
     """(best + others, *batch, D): per batch element the best of some prior draws, and a few as they come, for the modes
     that the best do not lead to (zero where the prior cannot be drawn from)."""
     zeros = torch.zeros((1, *density.batch_shape, density.dim), dtype=density.dtype, device=density.device)

@@ -57,7 +57,7 @@ def check_proposal(engine: Any) -> None:
 def why_not_propose(density: Density, proposal: Any) -> str:
     """Why this proposal does not serve the model, in words; '' where it does. Raises `ProblemError` for a posterior
     that is another model's."""
-    proposal = _settled(density, proposal)
+    proposal = settled(density, proposal)
     if proposal == "guide":
         density.require_guide()
         missing = [n for n in density.latents if n not in density.guide_sites]
@@ -91,13 +91,12 @@ def why_not_propose(density: Density, proposal: Any) -> str:
 
 
 def propose(proposal: Any, density: Density, run: Run, degrees: float) -> tuple[Proposal, tuple[str, ...]]:
-    """The proposal made ready, what has to be fitted fitted, and a note on what 'auto' chose.
-    degrees: of freedom of a t."""
-    proposal = _settled(density, proposal)
+    """The proposal, made ready, and a note on what 'auto' chose. degrees: of freedom of a t."""
+    proposal = settled(density, proposal)
     if proposal != "auto":
-        return _ready(proposal, density, run, degrees), ()
+        return ready(proposal, density, run, degrees), ()
     chosen = _pilot(density, run, degrees)
-    return _ready(chosen, density, run, degrees), (f"proposal: {chosen}, the best of a pilot",)
+    return ready(chosen, density, run, degrees), (f"proposal: {chosen}, the best of a pilot",)
 
 
 def weighted(proposal: Proposal, count: int) -> tuple[Z, Tensor]:
@@ -118,12 +117,13 @@ def refuse_undefined(log_weights: Tensor) -> None:
         raise EngineError(f"the log joint is undefined (NaN) at {undefined} of {log_weights.numel()} draws")
 
 
-def _settled(density: Density, proposal: Any) -> Any:
-    """'auto' is the learned guide where there is one; else a pilot decides."""
+def settled(density: Density, proposal: Any) -> Any:
+    """The setting, settled where no trial is needed: 'auto' is the learned guide where there is one."""
     return "guide" if isinstance(proposal, str) and proposal == "auto" and density.guide_ready else proposal
 
 
-def _ready(proposal: Any, density: Density, run: Run, degrees: float) -> Proposal:
+def ready(proposal: Any, density: Density, run: Run, degrees: float) -> Proposal:
+    """The proposal, what has to be fitted fitted."""
     if isinstance(proposal, str) and proposal == "prior":
         return _prior(density)
     if isinstance(proposal, str) and proposal == "guide":
@@ -177,20 +177,25 @@ def _t(density: Density, fit: GaussianFit, degrees: float) -> Proposal:
     return Proposal(draw, lambda u: density.log_joint(u) - student_t_log_density(of_rows(), u, degrees))
 
 
+def candidates(density: Density) -> list[str]:
+    """What 'auto' has to choose from where no guide stands ready."""
+    names = ["laplace"] if density.continuous and not density.unlisted else []
+    return names + ([] if density.improper else ["prior"])
+
+
 def _pilot(density: Density, run: Run, degrees: float, count: int = 200) -> str:
     """Laplace or the prior, whichever gives the larger mean effective sample size in a few draws."""
-    candidates = ["laplace"] if density.continuous and not density.unlisted else []
-    candidates += [] if density.improper else ["prior"]
-    if len(candidates) == 1:
-        return candidates[0]
+    names = candidates(density)
+    if len(names) == 1:
+        return names[0]
     found: dict[str, float] = {}
     with run.tuning():
-        for candidate in candidates:
+        for name in names:
             try:
-                log_weights = weighted(_ready(candidate, density, run, degrees), count)[1]
+                log_weights = weighted(ready(name, density, run, degrees), count)[1]
             except EngineError:
                 continue
-            found[candidate] = float(1 / torch.softmax(log_weights, 0).square().sum(0).mean())
+            found[name] = float(1 / torch.softmax(log_weights, 0).square().sum(0).mean())
     if not found:
         raise EngineError("neither a Laplace nor the prior proposal has a draw with finite weight")
     return max(found, key=lambda name: found[name])
