@@ -11,6 +11,7 @@ from .learn import Fit, learn
 from .posterior import Cost, Evidence, Posterior, Status
 from .problem import Problem, ProblemError, Reference
 from .registry import find_engine, find_learner
+from .simulator import Simulator
 
 __all__ = [
     "Cost",
@@ -20,6 +21,7 @@ __all__ = [
     "Problem",
     "ProblemError",
     "Reference",
+    "Simulator",
     "Status",
     "find_engine",
     "find_learner",

@@ -21,7 +21,6 @@ from typing import Any, NamedTuple, Protocol
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -30,7 +29,7 @@ from .marginal import enumerated_trace, sum_out
 from .parameters import Lent, kept_frozen, modules_in_reach
 from .preflight import BATCHED, batches_over_draws, couples_data, refuse_randomness
 from .problem import Problem, ProblemError
-from .program import SOMETIMES, Plate, Reading, Scribe, Site, over_draws
+from .program import SOMETIMES, Plate, Reading, Scribe, Site, Unobserved, over_draws
 from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
@@ -109,6 +108,7 @@ class Density:
                 model = survey_model(problem, frozen)
                 guide = survey_guide(problem, model, frozen)
         self.sites, self.theta, self.improper = model.sites, model.theta, model.improper
+        self.simulated = [n for n, s in self.sites.items() if s.simulated]  # what has no density: for ABC
         self.batch_plates, self.data_plate = model.batch_plates, model.data_plate
         self.guide_sites, self.phi, self._guide_fault = guide.sites, guide.phi, guide.fault
         self._layout()
@@ -311,19 +311,22 @@ class Density:
 
         return PriorDraws(*self._map(one, torch.zeros(count), count, random=True))
 
-    def simulate(self, count: int) -> dict[str, Tensor]:
-        """Latents and data drawn from the model at theta, site -> (count, *batch, *event). Raises `ProblemError` where
-        a site has no proper prior, or where `pyro.factor` takes part, which cannot be drawn from."""
+    def simulate(self, count: int, given: Tensor | None = None) -> dict[str, Tensor]:
+        """Latents and data drawn from the model at theta, site -> (count, *batch, *event); data alone where continuous
+        latents are `given` as u (count, *batch, D). Raises `ProblemError` where a site has no proper prior, or where
+        `pyro.factor` takes part, which cannot be drawn from."""
         factors = [n for n, s in self.sites.items() if s.role == "factor"]
         if self.improper or factors:
             raise ProblemError(f"site {[*self.improper, *factors][0]!r} cannot be drawn from, so data cannot be.")
 
-        def one(_: Tensor) -> dict[str, Tensor]:
-            with Scribe(self.sites, {}, minibatch=self._minibatch, want=_VALUES) as scribe, poutine.uncondition():
+        def one(u: Tensor) -> dict[str, Tensor]:
+            held = {} if given is None else self._given(u)
+            scribe = Scribe(self.sites, held, transformed=bool(held), minibatch=self._minibatch, want=_DRAWN)
+            with scribe, Unobserved():
                 self.problem.model(*self.args, **self.kwargs)
             return {n: v for n, v in scribe.reading.values.items() if self.sites[n].role in ("latent", "observed")}
 
-        return self._map(one, torch.zeros(count), count, random=True)
+        return self._map(one, torch.zeros(count) if given is None else given, count, random=True)
 
     @contextmanager
     def substituted(self, data: Mapping[int | str, Tensor]) -> Iterator[None]:
@@ -615,13 +618,14 @@ class Density:
         with self, pyro.validation_enabled(False):
             many = count * self._numel >= _COMPILE_FROM
             return over_draws(
-                function, inputs, count, vectorised=self.vectorised, random=random,
+                function, inputs, count, vectorised=self.vectorised, random=random or bool(self.simulated),
                 chunk=max(1, (_BLOCK if many else _CHUNK) // self._numel),
                 compile=self._compile_map if many and not torch.is_grad_enabled() else None,
             )  # fmt: skip
 
 
 _VALUES = frozenset({"values"})
+_DRAWN = frozenset({"drawn", "values"})
 _POINTWISE = frozenset({"pointwise"})
 _UNCONSTRAINED = frozenset({"unconstrained"})
 _TRACE = frozenset({"trace"})

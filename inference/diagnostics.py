@@ -92,6 +92,7 @@ def diagnose(
     deterministic: bool = False,
     alarms: tuple[str, ...] = (),
     exact: bool = False,
+    unknown: str = "",
 ) -> Diagnostics:
     """Judge draws by what can be known for their kind.
 
@@ -108,7 +109,7 @@ def diagnose(
     judge: those of weight zero are none.
 
     draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
-    alarms: what the engine itself saw that speaks against its answer; each is a caution.
+    alarms: what the engine itself saw that speaks against its answer; each is a caution. unknown: what no figure tells.
     sample_stats: (C, S, ...) by arviz's names, of which `diverging` and `energy` are used. A figure that is not to
     be had is left out, or nan where the draws should have given it. Draws that are not finite or never move are bad.
 
@@ -142,6 +143,7 @@ def diagnose(
     else:
         raise ValueError(f"kind {kind!r}: expected 'mcmc', 'iid', 'weighted' or 'point'.")
     findings = [*findings, *(("caution", alarm) for alarm in alarms)] or [("unknown", "nothing here can be judged")]
+    findings += [("unknown", unknown)] if unknown else []
     level = max((level for level, _ in findings), key=LEVELS.index)
     told = sorted(
         (finding for finding in findings if finding[0] != "good" or level == "good"),

@@ -48,12 +48,14 @@ class Draws:
     log_ratio: Tensor | None = None  # log p(x, z) - log q(z) of draws from q, (S, *batch)
     deterministic: bool = False  # weighted points of a rule, without sampling error
     exact: bool = False  # independent draws of the posterior itself
+    unknown: str = ""  # what no figure of the draws can tell, in words
     alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # of its own, for the diagnostics
 
 
 class Engine(Protocol):
-    """A method with its settings. One file in `engines/`, a class decorated with `settings`, is all it takes."""
+    """A method with its settings. One file in `engines/`, a class decorated with `settings`, is all it takes.
+    One that never asks for the density of observations says `simulates: ClassVar[bool] = True`."""
 
     name: ClassVar[str]
 
@@ -188,8 +190,14 @@ def _prepare(
         density.set_parameters(parameters)
     if not density.latents:
         return density, "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+    if density.simulated and not getattr(engine, "simulates", False):
+        return density, no_density(density)
     with density:
         return density, engine.supports(density)
+
+
+def no_density(density: Density) -> str:
+    return f"site {density.simulated[0]!r} can only be simulated, it has no density: ABC serves such models"
 
 
 def _run(density: Density, engine: Engine, run: Run, seed: int) -> Posterior:
@@ -257,6 +265,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         guide_log_ratio=draws.log_ratio,
         deterministic=draws.deterministic,
         exact=draws.exact,
+        unknown=draws.unknown,
         alarms=draws.alarms,
     )
     return Posterior(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import Run, check_problem, finish, isolated, measured, reporter
+from .engine import Run, check_problem, finish, isolated, measured, no_density, reporter
 from .learning import Learned, Trail, TrailWriter, check_learnable
 from .posterior import Cost, Posterior, Status
 from .problem import Problem
@@ -83,7 +83,7 @@ def learn(
         record: dict[str, Any] = {"learner": method.name, "learner_options": options(method), "seed": seed}
         with density, reporter(progress, method.name) as report:
             with torch.no_grad():
-                reason = method.supports(density)
+                reason = no_density(density) if density.simulated else method.supports(density)
             if reason:
                 return Fit(density.theta.values(), status=Status("unsupported", reason), **record)
             run = Run(density, np.random.SeedSequence(seed), report=report)

@@ -54,6 +54,8 @@ class Site:
     auxiliary: bool = False
     reparameterised: bool = True
     bounded: bool = False  # a continuous site that has no density somewhere
+    simulated: bool = False  # an observed site that can be drawn from, and has no density
+    reweighted: bool = False  # masked or scaled: its draws are not what its density says
     unconstrained_event_dim: int = 0
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
@@ -125,7 +127,7 @@ class Scribe(Messenger):
     transformed    the given values are unconstrained: map each by its site's own support, as it is at this run,
                    and add the log-Jacobian (so a support that depends on another site is right)
     want           what to write down besides the log probabilities: 'values', 'unconstrained', 'pointwise';
-                   'trace': only set values, since a trace outside does the writing
+                   'drawn': the values alone; 'trace': only set values, since a trace outside does the writing
     minibatch      (plate, indices, scale): the program sees these rows of the data; sites of the plate are scaled
     """
 
@@ -188,6 +190,10 @@ class Scribe(Messenger):
             if "values" in self.want:
                 self.reading.values[name] = site.to_own(value, site.event_dim)
             return
+        if "drawn" in self.want or site.simulated:
+            if site.role != "factor":
+                self.reading.values[name] = site.to_own(value.expand(site.shape_of(fn, value)), site.event_dim)
+            return
         raw = fn.log_prob(value)
         if site.bounded and name in self.given and not self.transformed:
             # formulas go on outside of the support, where there is no density
@@ -229,6 +235,15 @@ class Scribe(Messenger):
             return log_prob.sum()
         dims = [d for d in range(-log_prob.dim(), 0) if d not in site.batch]
         return log_prob.sum(dims) if dims else log_prob
+
+
+class Unobserved(Messenger):
+    """Draws what the program observes. `poutine.uncondition` does so to deterministic sites as well, and draws them
+    anew for each element of their plates."""
+
+    def _pyro_sample(self, msg: Message) -> None:
+        if msg["is_observed"] and not (msg["infer"] or {}).get("_deterministic"):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 # In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place.

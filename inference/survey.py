@@ -125,7 +125,8 @@ def _run(problem: Problem, program: Callable[..., Any], what: str) -> Survey:
 
 
 def _log_probs(survey: Survey) -> list[Tensor]:
-    """The log probability of each site. Raises `ProblemError` where a value cannot be scored."""
+    """The log probability of each site; an observed one that has none is noted. Raises `ProblemError` where a value
+    cannot be scored."""
     log_probs = []
     for name, msg in survey.messages.items():
         value: Any = msg["value"]
@@ -141,6 +142,11 @@ def _log_probs(survey: Survey) -> list[Tensor]:
         try:
             with torch.enable_grad(), pyro.validation_enabled(observed and not masked):
                 log_prob = fn.log_prob(value)
+        except NotImplementedError as error:
+            if not observed:
+                raise ProblemError(f"site {name!r}: {type(fn).__name__} has no log_prob: {error}") from error
+            survey.simulated.add(name)
+            continue
         except Exception as error:
             raise ProblemError(
                 f"site {name!r}: {type(fn).__name__} cannot score the value of shape {tuple(value.shape)}: {error}"
@@ -174,6 +180,7 @@ class Survey(Messenger):
     def __init__(self) -> None:
         super().__init__()
         self.messages: dict[str, Message] = {}
+        self.simulated: set[str] = set()
 
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg):
@@ -205,7 +212,15 @@ class Survey(Messenger):
         self.messages[name] = msg.copy()
 
     def sites(self) -> dict[str, Site]:
-        return {name: _describe(name, msg) for name, msg in self.messages.items()}
+        return {
+            name: replace(_describe(name, msg), simulated=name in self.simulated, reweighted=_is_reweighted(msg))
+            for name, msg in self.messages.items()
+        }
+
+
+def _is_reweighted(msg: Message) -> bool:
+    scale: Any = msg["scale"]
+    return not (msg["mask"] is None or msg["mask"] is True) or not (isinstance(scale, int | float) and scale == 1)
 
 
 def _is_improper(fn: Any) -> bool:

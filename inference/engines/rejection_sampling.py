@@ -26,6 +26,7 @@ from ..laplace import climb, starting_points
 from ..problem import ProblemError
 from ..proposals import Proposal, Z, candidates, check_proposal, ready, refuse_undefined, settled, why_not_propose
 from ..settings import check_positive, settings
+from ..simulations import pick
 from .enumeration import Enumeration, every_value
 
 PILOT, STARTS = 500, 6
@@ -223,9 +224,9 @@ def _climbed(proposal: Proposal, density: Density, z: Z, log_w: Tensor) -> tuple
     ranked = log_w.argsort(0, descending=True)[: STARTS // 2]
     others = torch.arange(STARTS // 2, device=u.device).reshape(-1, *[1] * (log_w.dim() - 1)).expand_as(ranked)
     order = torch.cat([ranked, others])
-    starts, discrete = _taken(u, order), {}
+    starts, discrete = pick(u, order), {}
     if not isinstance(z, Tensor):
-        discrete = {n: _taken(z[n], order) for n in density.discrete if n in z}
+        discrete = {n: pick(z[n], order) for n in density.discrete if n in z}
     if not discrete:
         starts = torch.cat([starts, starting_points(density)])
     flat = isinstance(z, Tensor)
@@ -237,9 +238,3 @@ def _climbed(proposal: Proposal, density: Density, z: Z, log_w: Tensor) -> tuple
     top, at = value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).max(0)
     rising = (promise.gather(0, at[None])[0] > RISING) & (top >= log_w.amax(0))
     return torch.maximum(top, log_w.amax(0)), rising
-
-
-def _taken(values: Tensor, order: Tensor) -> Tensor:
-    """values (S, *batch, ...), order (K, *batch) -> (K, *batch, ...)."""
-    index = order.reshape((*order.shape, *[1] * (values.dim() - order.dim())))
-    return values.gather(0, index.expand((*order.shape, *values.shape[order.dim() :])))
