@@ -246,12 +246,14 @@ class Unobserved(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-# In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place.
+# In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place. Of a
+# binomial's arguments vmap wants both batched.
 _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
     Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: torch.randn_like(t) * std + mean,
     Tensor.uniform_: lambda t, low=0.0, to=1.0, **_: torch.rand_like(t) * (to - low) + low,
     Tensor.exponential_: lambda t, lambd=1.0, **_: -torch.log1p(-torch.rand_like(t)) / lambd,
     Tensor.clamp_: lambda t, *args, **kwargs: t.copy_(t.clamp(*args, **kwargs)),  # in effect still in place
+    torch.binomial: lambda count, probs, *args: torch.binomial(count + 0 * probs, probs + 0 * count, *args),
     Tensor.cauchy_: lambda t, median=0.0, sigma=1.0, **_: (
         median + sigma * torch.tan(torch.pi * (torch.rand_like(t) - 0.5))
     ),

@@ -247,23 +247,28 @@ class Kernel(NamedTuple):
 
 
 def still_moving(u: Tensor, log_w: Tensor, distance: Tensor) -> tuple[str, ...]:
-    """An alarm where the nearer and the farther half of the draws (S, *batch, D) have other means, so that a smaller
-    tolerance would have moved them."""
+    """An alarm where the nearer and the farther half of the draws (S, *batch, D) have other means or second moments, so
+    that a smaller tolerance would have moved them."""
     near = distance <= distance.median(0).values
-    means, errors = [], []
-    total = torch.softmax(log_w, 0)[..., None]
-    centre = (total * u).sum(0)
-    sd = (total * (u - centre).square()).sum(0).sqrt()
-    for half in (near, ~near):
-        w = torch.softmax(log_w.masked_fill(~half, -math.inf), 0)[..., None]
-        mean = (w * u).sum(0)
-        means.append(mean)
-        errors.append((w.square() * (u - mean).square()).sum(0))
-    off = (means[0] - means[1]).abs()
-    moving = ((off > MOVES * sd) & (off > SURE * (errors[0] + errors[1]).sqrt())).any(-1)  # nan, of one half, is not
+    weights = torch.softmax(log_w, 0)[..., None]
+    centred = u - (weights * u).sum(0)
+    sd = (weights * centred.square()).sum(0).sqrt()
+    moving = torch.zeros(distance.shape[1:], dtype=torch.bool, device=u.device)
+    largest = 0.0
+    for values, limit in ((centred / sd, MOVES), ((centred / sd).square(), 2 * MOVES)):
+        means, errors = [], []
+        for half in (near, ~near):
+            w = torch.softmax(log_w.masked_fill(~half, -math.inf), 0)[..., None]
+            means.append((w * values).sum(0))
+            errors.append((w.square() * (values - means[-1]).square()).sum(0))
+        off = (means[0] - means[1]).abs()
+        found = (off > limit) & (off > SURE * (errors[0] + errors[1]).sqrt())  # nan, of one half alone, is not
+        moving |= found.any(-1)
+        largest = max([largest, *off[found].flatten().tolist()])
     if not bool(moving.any()):
         return ()
     return (
-        f"the nearer half of the draws lies up to {float((off / sd)[moving].amax()):.2g} sd from the farther half at "
-        f"{int(moving.sum())} of {moving.numel()} data: the tolerance is too large, take more simulations",
+        f"the nearer half of the draws differs from the farther half by up to {largest:.2g} posterior sds, or as much "
+        f"in the square, at {int(moving.sum())} of {moving.numel()} data: the tolerance is too large, take more "
+        "simulations",
     )
