@@ -63,6 +63,14 @@ def sum_out(trace: Any, batch: list[str], scaled: tuple[str, float] | None = Non
             for inside, weight in ((True, scaled[1]), (False, 1.0))
         ]
         return sum(weight * contract_to_tensor(part, sum_dims, frozenset()) for weight, part in parts if part)
+    # packing drops dimensions of size one, so that plates of one element must not be asked for
+    frames = [f for site in trace.nodes.values() if site["type"] == "sample" for f in site["cond_indep_stack"]]
+    single = {symbols[f.name] for f in frames if f.vectorized and f.size == 1}
+    merged: OrderedDict[frozenset[str], list[Tensor]] = OrderedDict()
+    for ordinal, terms in factors.items():
+        merged.setdefault(ordinal - single, []).extend(terms)
     wanted = [symbols[name] for name in batch]
-    total = contract_to_tensor(factors, sum_dims, frozenset(wanted))
-    return total.permute([total._pyro_dims.index(symbol) for symbol in wanted])
+    total = contract_to_tensor(merged, sum_dims, frozenset(wanted) - single)
+    total = total.permute([total._pyro_dims.index(symbol) for symbol in wanted if symbol not in single])
+    sizes = iter(total.shape)
+    return total.reshape([1 if symbol in single else next(sizes) for symbol in wanted])

@@ -74,10 +74,10 @@ def _moon(uniform: Tensor, normal: Tensor) -> tuple[Tensor, Tensor]:
     return math.pi * (uniform - 0.5), RADIUS + WIDTH * normal
 
 
-def problem(*, num_data: int = 10, simulated: bool = False, seed: int = 0) -> Problem:
+def problem(*, num_data: int = 10, simulated: bool = True, seed: int = 0) -> Problem:
     """N observations, each with a theta of its own, drawn from the model.
 
-    simulated  declare the data as a simulator's, without their likelihood: for ABC alone
+    simulated  declare the data as a simulator's, without their likelihood, as the task has it: for ABC alone
 
     Raises `ProblemError` on a setting out of range.
     """

@@ -66,9 +66,7 @@ class RejectionSampling:
         if isinstance(self.log_bound, bool) or not bool(bound.isfinite().all()):
             raise ProblemError(f"RejectionSampling(log_bound={self.log_bound!r}): expected finite numbers, in nats.")
         if isinstance(self.proposal, str) and self.proposal == "auto":
-            raise ProblemError(
-                "RejectionSampling(log_bound=...) bounds p(x, z) / q(z): say which proposal=... it is for."
-            )
+            raise ProblemError("RejectionSampling(log_bound=...) bounds p(x, z) / q(z): say for which proposal=...")
 
     def supports(self, density: Density) -> str:
         if self.log_bound is not None:
