@@ -92,10 +92,10 @@ def slope(z: Tensor, A: Tensor, B: Tensor, g: Tensor, k: Tensor) -> Tensor:
     )
 
 
-def problem(*, num_data: int = 100, simulated: bool = False, seed: int = 0) -> Problem:
-    """N draws at A = 3, B = 1, g = 2, k = 1/2.
+def problem(*, num_data: int = 100, simulated: bool = True, seed: int = 0) -> Problem:
+    """N draws at A = 3, B = 1, g = 2, k = 1/2, in ascending order.
 
-    simulated  declare the data as a simulator's, without their likelihood: for ABC alone
+    simulated  declare the sorted data as a simulator's, without their likelihood: for ABC alone
 
     Raises `ProblemError` on a setting out of range.
     """
@@ -103,19 +103,22 @@ def problem(*, num_data: int = 100, simulated: bool = False, seed: int = 0) -> P
     if not isinstance(simulated, bool):
         raise ProblemError(f"simulated={simulated!r}: expected True or False.")
     z = torch.randn(num_data, generator=_settings.generator("seed", seed), dtype=torch.float64)
-    x = quantile(z, *(torch.tensor(value, dtype=torch.float64) for value in TRUTH))
+    x = quantile(z, *(torch.tensor(value, dtype=torch.float64) for value in TRUTH)).sort().values
 
     def model(x: Tensor) -> None:
         zero = x.new_zeros(())
         law = GAndK(*(pyro.sample(name, dist.Uniform(zero, UPPER)) for name in SITES)).expand(x.shape)
+        if simulated:
+            pyro.sample("x", Simulator(law.sample().sort(-1).values, event_dim=1), obs=x)
+            return
         with pyro.plate("data", x.shape[0]):
-            pyro.sample("x", Simulator(law.sample()) if simulated else law, obs=x)
+            pyro.sample("x", law, obs=x)
 
     return Problem(model, args=(x,), reference=reference, name="g_and_k")
 
 
 def octiles(data: Mapping[str, Tensor]) -> Tensor:
-    """A summary for ABC, (n, 7): the order of i.i.d. data tells nothing. `ABC(summary=g_and_k.octiles)`."""
+    """A summary for ABC, (n, 7), of few numbers that tell most. `ABC(summary=g_and_k.octiles)`."""
     x = data["x"]
     share = torch.arange(1, 8, dtype=x.dtype, device=x.device) / 8
     return torch.quantile(x, share, dim=-1).movedim(0, -1)
