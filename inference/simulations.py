@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from .engine import EngineError, Run
 from .problem import ProblemError
 
 NUMBERS = 2**22  # that are simulated at a time, roughly
+MOVES, SURE = 0.2, 4.9  # sds, standard errors: what the tolerance may move unsaid
 PER_SUMMARY = 5  # draws that a regression needs
 
 
@@ -158,3 +160,31 @@ def _summaries(density: Density, sites: dict[str, Tensor], summary: Any) -> Tens
         got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
         raise ProblemError(f"ABC(summary=...) answers {got}: expected {(*shape, 'F')}, a row for each datum.")
     return found.to(density.dtype)
+
+
+def still_moving(u: Tensor, log_w: Tensor, distance: Tensor) -> tuple[str, ...]:
+    """An alarm where the nearer and the farther half of the draws (S, *batch, D) have other means or second moments, so
+    that a smaller tolerance would have moved them."""
+    near = distance <= distance.median(0).values
+    weights = torch.softmax(log_w, 0)[..., None]
+    centred = u - (weights * u).sum(0)
+    sd = (weights * centred.square()).sum(0).sqrt()
+    moving = torch.zeros(distance.shape[1:], dtype=torch.bool, device=u.device)
+    largest = 0.0
+    for values, limit in ((centred / sd, MOVES), ((centred / sd).square(), 2 * MOVES)):
+        means, errors = [], []
+        for half in (near, ~near):
+            w = torch.softmax(log_w.masked_fill(~half, -math.inf), 0)[..., None]
+            means.append((w * values).sum(0))
+            errors.append((w.square() * (values - means[-1]).square()).sum(0))
+        off = (means[0] - means[1]).abs()
+        found = (off > limit) & (off > SURE * (errors[0] + errors[1]).sqrt())  # nan, of one half alone, is not
+        moving |= found.any(-1)
+        largest = max([largest, *off[found].flatten().tolist()])
+    if not bool(moving.any()):
+        return ()
+    return (
+        f"the nearer half of the draws differs from the farther half by up to {largest:.2g} posterior sds, or as much "
+        f"in the square, at {int(moving.sum())} of {moving.numel()} data: the tolerance is too large, take more "
+        "simulations",
+    )

@@ -207,7 +207,7 @@ def test_a_ratio_without_bound_is_told():
     problem = Problem(model, args=(torch.tensor(0.0, dtype=F64),))
     posterior = infer(problem, RejectionSampling(num_samples=20, proposal="laplace", max_proposals=20_000), seed=1)
     told = posterior.status.reason if not posterior.status.done else posterior.diagnostics.verdict
-    assert "heavier tails" in told or "none of" in told
+    assert "heavier tails" in told
     assert posterior.diagnostics.level != "good"
 
 

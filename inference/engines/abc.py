@@ -33,13 +33,12 @@ from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
 from ..problem import ProblemError
 from ..settings import check_choice, settings
-from ..simulations import Comparison, Simulated, nearest, pick
+from ..simulations import Comparison, Simulated, nearest, pick, still_moving
 
 METHODS = ("rejection", "smc")
 FAR = 0.5  # of the median distance of simulations from the prior: nearer ones must be, to tell anything
 WIDER = 1.001  # than the tolerance is the kernel of a regression, so that draws at the tolerance have some weight
 PILOT = 1000  # simulations that tell the scales
-MOVES, SURE = 0.2, 4.9  # sds, standard errors: what the tolerance may move unsaid
 
 
 @settings
@@ -79,11 +78,9 @@ class ABC:
             raise ProblemError(f"ABC(regression={self.regression!r}): expected True or False.")
         if self.regression and eps == 0:
             raise ProblemError("ABC(regression=True, tolerance=0): nothing is left to adjust; give one of them.")
-        known = isinstance(self.num_samples, int) and isinstance(self.num_simulations, int)
-        if known and not self.num_simulations > self.num_samples:
-            raise ProblemError(
-                f"ABC(num_simulations={self.num_simulations}): more than num_samples={self.num_samples} are needed."
-            )
+        kept, total = self.num_samples, self.num_simulations
+        if isinstance(kept, int) and isinstance(total, int) and total <= kept:
+            raise ProblemError(f"ABC(num_simulations={total}): more than num_samples={kept} are needed.")
 
     def supports(self, density: Density) -> str:
         factors = [n for n, s in density.sites.items() if s.role == "factor"]
@@ -124,7 +121,7 @@ class ABC:
             return {**found.latents, "": found.summary}, found.distance <= tolerance
 
         accepted = until_accepted(density, run, draw, self.num_samples, budget)
-        batch, latents = tuple(density.batch_shape), dict(accepted.z)  # type: ignore[arg-type]
+        batch, latents = tuple(density.batch_shape), dict(accepted.z)
         summary = latents.pop("")
         exact = tolerance == 0 and self.summary is None and self.distance == "euclidean"
         log_weights = accepted.log_weights(batch)
@@ -244,31 +241,3 @@ class Kernel(NamedTuple):
         ]
         log_volume = self.tril.diagonal(dim1=-2, dim2=-1).log().sum(-1) + u.shape[-1] / 2 * math.log(2 * math.pi)
         return torch.cat(pieces).T.reshape(u.shape[:-1]) - log_volume
-
-
-def still_moving(u: Tensor, log_w: Tensor, distance: Tensor) -> tuple[str, ...]:
-    """An alarm where the nearer and the farther half of the draws (S, *batch, D) have other means or second moments, so
-    that a smaller tolerance would have moved them."""
-    near = distance <= distance.median(0).values
-    weights = torch.softmax(log_w, 0)[..., None]
-    centred = u - (weights * u).sum(0)
-    sd = (weights * centred.square()).sum(0).sqrt()
-    moving = torch.zeros(distance.shape[1:], dtype=torch.bool, device=u.device)
-    largest = 0.0
-    for values, limit in ((centred / sd, MOVES), ((centred / sd).square(), 2 * MOVES)):
-        means, errors = [], []
-        for half in (near, ~near):
-            w = torch.softmax(log_w.masked_fill(~half, -math.inf), 0)[..., None]
-            means.append((w * values).sum(0))
-            errors.append((w.square() * (values - means[-1]).square()).sum(0))
-        off = (means[0] - means[1]).abs()
-        found = (off > limit) & (off > SURE * (errors[0] + errors[1]).sqrt())  # nan, of one half alone, is not
-        moving |= found.any(-1)
-        largest = max([largest, *off[found].flatten().tolist()])
-    if not bool(moving.any()):
-        return ()
-    return (
-        f"the nearer half of the draws differs from the farther half by up to {largest:.2g} posterior sds, or as much "
-        f"in the square, at {int(moving.sum())} of {moving.numel()} data: the tolerance is too large, take more "
-        "simulations",
-    )
