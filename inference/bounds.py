@@ -120,7 +120,7 @@ def _climbed(proposal: Proposal, density: Density, z: Z, log_w: Tensor) -> tuple
     def ratio(u: Tensor) -> Tensor:
         return proposal.log_ratio(u if flat else {**density.constrain(u), **discrete})
 
-    _, value, _, promise = climb(density, ratio, starts, num_steps=50)
+    _, value, _, _, promise = climb(density, ratio, starts, num_steps=50)
     top, at = value.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf).max(0)
     rising = (promise.gather(0, at[None])[0] > RISING) & (top >= log_w.amax(0))
     return torch.maximum(top, log_w.amax(0)), rising

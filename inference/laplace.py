@@ -16,14 +16,20 @@ from torch import Tensor
 from .density import Density
 from .engine import EngineError
 
+RISING = 1e-6  # nats that a climb may still be below its mode
+
 
 class GaussianFit(NamedTuple):
     """u ~ N(mean, tril tril') per batch element: (*batch, D) and (*batch, D, D). `rivals`: how many batch elements
-    have another mode, more than 3 sds away and less than 5 nats below."""
+    have another mode, more than 3 sds away and less than 5 nats below. At its mean, (*batch) each: `value`, the log
+    joint; `unfinished`, whether it still rises; `flat`, whether some direction has no downward curvature."""
 
     mean: Tensor
     tril: Tensor
     rivals: int = 0
+    value: Tensor | None = None
+    unfinished: Tensor | None = None
+    flat: Tensor | None = None
 
     @property
     def alarms(self) -> tuple[str, ...]:
@@ -31,20 +37,40 @@ class GaussianFit(NamedTuple):
             return ()
         return (f"{self.rivals} of {self.mean[..., 0].numel()} posteriors have a second mode, which this leaves out",)
 
+    @property
+    def no_modes(self) -> tuple[str, ...]:
+        """What keeps the mean from being a mode, in words."""
+        said = []
+        for found, words in (
+            (self.unfinished, "still rise where the climb ended"),
+            (self.flat, "are flat at the mode"),
+        ):
+            if found is not None and bool(found.any()):
+                said.append(f"{int(found.sum())} of {found.numel()} log joints {words}: there may be none")
+        return tuple(said)
+
 
 def laplace(
-    density: Density, num_steps: int = 100, tolerance: float = 1e-10, start: Tensor | None = None
+    density: Density,
+    num_steps: int = 100,
+    tolerance: float = 1e-10,
+    start: Tensor | None = None,
+    num_starts: int = 6,
+    jacobian: bool = True,
 ) -> GaussianFit:
     """The Gaussian at the highest of the modes found, with the curvature there.
 
-    start  (*batch, D) to climb from; None: several draws of the prior, climbed side by side
+    start     (*batch, D) to climb from; None: `num_starts` draws of the prior, climbed side by side
+    jacobian  False: of the density of the constrained values, whose mode is another
     Raises `EngineError` where no finite start is found.
     """
-    starts = starting_points(density) if start is None else start[None]
-    u, value, hessian, _ = climb(density, density.log_joint, starts, num_steps, tolerance)
+    starts = starting_points(density, num_starts) if start is None else start[None]
+    u, value, gradient, hessian, _ = climb(
+        density, lambda u: density.log_joint(u, jacobian=jacobian), starts, num_steps, tolerance
+    )
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     best = value.argmax(0)
-    climbed, value, u, hessian = u, value, _pick(u, best), _pick(hessian, best)
+    climbed, u, gradient, hessian = u, _pick(u, best), _pick(gradient, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
     if not bool(eigenvalues.isfinite().all()):
         raise EngineError("the curvature of the log joint at its mode is not finite")
@@ -54,7 +80,16 @@ def laplace(
     tril = torch.linalg.cholesky(covariance + 1e-14 * eye)
     apart = torch.linalg.solve_triangular(tril, (climbed - u)[..., None], upper=False)[..., 0].norm(dim=-1) > 3
     rivals = (apart & (value > value.amax(0) - 5)).any(0)
-    return GaussianFit(u, tril, int(rivals.sum()))
+    # what one more step of the fitted Gaussian would gain, in nats
+    gain = 0.5 * (tril.mT @ gradient[..., None]).square().sum((-1, -2))
+    return GaussianFit(
+        u,
+        tril,
+        rivals=int(rivals.sum()),
+        value=value.amax(0),
+        unfinished=gain > RISING,
+        flat=(eigenvalues <= 1e-6).any(-1),
+    )
 
 
 def climb(
@@ -63,9 +98,9 @@ def climb(
     u: Tensor,
     num_steps: int = 100,
     tolerance: float = 1e-10,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Damped Newton steps uphill on a function of u (S, *batch, D) made of this density's, each point by itself: where
-    they end, its value and Hessian there, and how much higher the next step would hope to be, (S, *batch)."""
+    they end, its value, gradient and Hessian there, and how much higher the next step would hope to be, (S, *batch)."""
     damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
     value, gradient, hessian = _curvature(density, function, u)
     promise = torch.full_like(value, math.inf)
@@ -88,7 +123,7 @@ def climb(
         damping = torch.where(better, damping / 10, damping * 10).clamp(1e-12, 1e12)
         if not bool((moving & (damping < 1e11)).any()):
             break
-    return u, value, hessian, promise
+    return u, value, gradient, hessian, promise
 
 
 def moments(u: Tensor, weights: Tensor) -> GaussianFit:
@@ -125,11 +160,16 @@ def _log_t(fit: GaussianFit, noise: Tensor, degrees: float) -> Tensor:
     return constant - log_volume - (degrees + dim) / 2 * torch.log1p(noise.square().sum(-1) / degrees)
 
 
-def starting_points(density: Density, best: int = 2, others: int = 4, tries: int = 20) -> Tensor:
-    """(best + others, *batch, D): per batch element the best of some prior draws, and a few as they come, for the modes
-    that the best do not lead to (zero where the prior cannot be drawn from)."""
-    zeros = torch.zeros((1, *density.batch_shape, density.dim), dtype=density.dtype, device=density.device)
-    u = zeros if density.improper else torch.cat([zeros, density.unconstrain(density.prior(tries).values)])
+def starting_points(density: Density, count: int = 6, tries: int = 20) -> Tensor:
+    """(count, *batch, D): per batch element the best two of zero and some prior draws, and others as they come, for the
+    modes that the best do not lead to. Where the prior is improper, draws uniform on (-2, 2) stand for it."""
+    shape = (*density.batch_shape, density.dim)
+    u = torch.zeros((1, *shape), dtype=density.dtype, device=density.device)
+    best, tries = min(2, count), max(tries, 2 * count)
+    if not density.improper:
+        u = torch.cat([u, density.unconstrain(density.prior(tries).values)])
+    elif count > 1:
+        u = torch.cat([u, 4 * torch.rand((tries, *shape), dtype=density.dtype, device=density.device) - 2])
     u = torch.where(u.isfinite(), u, torch.zeros_like(u))
     value = density.log_joint(u)
     value = torch.where(value.isnan(), torch.full_like(value, -math.inf), value)
@@ -138,7 +178,7 @@ def starting_points(density: Density, best: int = 2, others: int = 4, tries: int
     order = value.argsort(0, descending=True)
     rest = order[best:]
     shuffled = rest.gather(0, torch.rand(rest.shape, device=rest.device).argsort(0))
-    order = torch.cat([order[:best], shuffled[:others]])
+    order = torch.cat([order[:best], shuffled[: count - best]])
     order = torch.where(value.gather(0, order).isfinite(), order, order[:1])
     return u.gather(0, order[..., None].expand(*order.shape, u.shape[-1]))
 

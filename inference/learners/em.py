@@ -211,16 +211,23 @@ def _closed_form(problem: Problem, draws: dict[str, Tensor], weights: Tensor, ar
 
 def maximise(objective: Callable[[], Tensor], tensors: list[Tensor], num_steps: int = 100) -> None:
     """Climb to the nearest maximum of a smooth function of the tensors, by L-BFGS with strong-Wolfe line search."""
+    free = [t.detach().clone() for t in tensors]  # what moves, so that no step is noted in the owner's tensors
     optimizer = torch.optim.LBFGS(
-        tensors, max_iter=num_steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+        free, max_iter=num_steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
     )
 
+    def put() -> None:
+        for tensor, value in zip(tensors, free, strict=True):
+            tensor.data.copy_(value)
+
     def closure() -> Tensor:
+        put()
         with torch.enable_grad():
             loss = -objective()
             gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-        for tensor, gradient in zip(tensors, gradients, strict=True):
-            tensor.grad = torch.zeros_like(tensor) if gradient is None else gradient
+        for value, gradient in zip(free, gradients, strict=True):
+            value.grad = torch.zeros_like(value) if gradient is None else gradient
         return loss.detach()
 
     optimizer.step(closure)
+    put()
