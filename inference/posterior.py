@@ -220,9 +220,9 @@ class Posterior:
         index = torch.searchsorted(cumulative.T.contiguous(), positions.T.contiguous(), right=True).T
         order = torch.rand(index.shape, generator=generator, dtype=torch.float64).argsort(0)
         index = index.gather(0, order).reshape(total, *batch)
-        draws = {name: _take(value.flatten(0, 1), index)[None] for name, value in self.draws.items()}
+        draws = {name: gathered(value.flatten(0, 1), index)[None] for name, value in self.draws.items()}
         stats = {
-            name: _take(value.flatten(0, 1), index)[None]
+            name: gathered(value.flatten(0, 1), index)[None]
             for name, value in self.sample_stats.items()
             if value.dim() >= 2 + len(batch)
         }
@@ -263,7 +263,7 @@ class Posterior:
         return site
 
 
-def _take(values: Tensor, index: Tensor) -> Tensor:
+def gathered(values: Tensor, index: Tensor) -> Tensor:
     """values (S, *batch, *event), index (T, *batch) -> (T, *batch, *event)."""
     expanded = index.reshape(index.shape + (1,) * (values.dim() - index.dim()))
     return values.gather(0, expanded.expand(index.shape[0], *values.shape[1:]))

@@ -49,9 +49,9 @@ def test_chains_go_on_where_they_stood(monkeypatch):
     plain = HMC.run
     monkeypatch.setattr(HMC, "run", lambda self, density, run: warm.append(run.warm) or plain(self, density, run))
     kept = []
-    keep = em._Chains.keep
+    keep = em.Chains.keep
     monkeypatch.setattr(
-        em._Chains, "keep", lambda self, index, state: kept.append((index, state)) or keep(self, index, state)
+        em.Chains, "keep", lambda self, index, state: kept.append((index, state)) or keep(self, index, state)
     )
     learn(PROBLEM, EM(e_step=HMC(num_samples=2, warmup_steps=5), num_steps=12, batch_size=25), seed=0)
     assert [bool(w) for w in warm] == [False] * 4 + [True] * 8

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ..density import Density
+from ..em_steps import maximise
 from ..engine import Draws, EngineError, Run, as_chain
 from ..laplace import laplace, starting_points
 from ..learning import Learned, TrailWriter, descend
-from ..learners.em import maximise
 from ..preflight import check_minibatch
 from ..settings import check_choice, check_optimizer, check_positive, settings
 

@@ -5,36 +5,47 @@ Dempster, Laird & Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x.
     E: weights and draws for p_theta(z | x) at the current theta;   M: theta <- argmax (or a step up) of
     Q(theta) = E[log p_theta(x, z)]
 
-Enumeration or quadrature gives exact EM, NUTS Monte Carlo EM (Wei & Tanner 1990, doi:10.2307/2290005), importance
-sampling the wake-phase update, a fitted guide variational EM.
+Enumeration or quadrature gives exact EM, a step up in place of the maximum generalised EM, NUTS Monte Carlo EM (Wei &
+Tanner 1990, doi:10.2307/2290005), importance sampling the wake-phase update, a fitted guide variational EM (Neal &
+Hinton 1998, doi:10.1007/978-94-011-5014-9_12), the most probable z alone hard EM (Celeux & Govaert 1992,
+doi:10.1016/0167-9473(92)90042-E).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..density import Density
+from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, improve
 from ..engine import Draws, EngineError, Run
 from ..engines.enumeration import Enumeration
-from ..engines.importance_sampling import ImportanceSampling
-from ..learning import Learned, TrailWriter, expected_log_joint, flat_draws, make_optimizer, minibatches
+from ..engines.map import MAP
+from ..learning import Learned, Trail, TrailWriter, expected_log_joint, flat_draws, make_optimizer, minibatches
+from ..posterior import gathered
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
 from ..settings import check_optimizer, check_positive, settings
+
+FALL = 1e-9  # of the log likelihood, relative: what rounding may take from an exact EM step
 
 
 @settings
 class EM:
     """Alternate an E-step by any engine with an M-step; `tolerance` ends it early where the E-step is exact.
 
+    An exact EM step cannot lower the log likelihood: one that does ends the run as failed, with the step.
+
     e_step          an engine; None: enumeration where it serves, else importance sampling with 100 draws
+    hard            put all weight on the most probable z (`Enumeration`, or `MAP` for continuous latents), which climbs
+                    max_z log p_theta(x, z), the trail then: for discrete z a lower bound of the log likelihood
     num_steps       E-steps (each followed by an M-step)
     m_step          'closed' (the problem's own), 'full' (L-BFGS until Q is maximal), 'gradient', or 'auto': closed
                     where the problem has one, full where the E-step is exact, else gradient
@@ -42,11 +53,15 @@ class EM:
     batch_size      data for each E- and M-step; None: all
     optimizer       any torch optimiser class, called as optimizer(tensors, lr=learning_rate)
     tolerance       with an exact E-step on all data, stop when no parameter moves by more than this times 1 + |itself|
+    num_starts      thetas to start from: the program's own, and others drawn around it, of which the one that ends
+                    highest is kept; `notes` tell of all
+    start_spread    sd of the other starts in unconstrained space, in units of max(1, |theta|)
     """
 
     name: ClassVar[str] = "em"
     dtype: ClassVar[torch.dtype] = torch.float64
     e_step: Any = None
+    hard: bool = False
     num_steps: int = 100
     m_step: str = "auto"
     gradient_steps: int = 1
@@ -54,18 +69,25 @@ class EM:
     learning_rate: float = 0.01
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.Adam
     tolerance: float = 1e-10
+    num_starts: int = 1
+    start_spread: float = 1.0
 
-    KINDS: ClassVar[tuple[str, ...]] = ("auto", "closed", "full", "gradient")
+    KINDS: ClassVar[tuple[str, ...]] = M_STEPS
 
     def __post_init__(self) -> None:
-        check_positive(self, "learning_rate")
+        check_positive(self, "learning_rate", "start_spread")
         check_optimizer(self)
         if not isinstance(self.tolerance, int | float) or not 0 <= self.tolerance < 1:
             raise ProblemError(f"EM(tolerance={self.tolerance!r}): expected a number of at least 0, below 1.")
         if self.m_step not in self.KINDS:
             raise ProblemError(f"EM(m_step={self.m_step!r}): expected one of {', '.join(self.KINDS)}.")
-        if self.e_step is not None:
-            as_engine(self.e_step)
+        engine = None if self.e_step is None else as_engine(self.e_step)
+        if self.hard and engine is not None and engine.name not in (Enumeration.name, MAP.name):
+            raise ProblemError(f"EM(hard=True): e_step={engine.name!r} gives no mode; use Enumeration() or MAP().")
+        if self.hard and getattr(engine, "space", "constrained") != "constrained":
+            raise ProblemError("EM(hard=True) climbs log p(x, z) itself: use MAP(space='constrained').")
+        if self.num_starts > 1 and self.batch_size is not None:
+            raise ProblemError("EM(num_starts=...) compares starts by all data: use batch_size=None.")
 
     def prepare(self, problem: Problem) -> Problem:
         prepare = getattr(as_engine(self.e_step), "prepare", None) if self.e_step is not None else None
@@ -75,10 +97,7 @@ class EM:
         if not density.latents:
             return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
         engine = self._engine(density)
-        if self.m_step == "closed" and density.problem.m_step is None:
-            raise ProblemError(
-                f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it."
-            )
+        check_m_step(density, self.m_step)
         if self.batch_size is not None:
             check_minibatch(density, self.batch_size)
             if not density.batch_plates:
@@ -89,145 +108,134 @@ class EM:
         return f"the E-step cannot run: {reason}" if reason else ""
 
     def fit(self, density: Density, run: Run) -> Learned:
+        if self.num_starts == 1:
+            return self._ascend(density, run)
+        tensors = density.theta.tensors
+        own = [t.detach().clone() for t in tensors]
+        ends: list[tuple[float, Learned, list[Tensor]]] = []
+        told, first_error = [], None
+        for start in range(self.num_starts):
+            for tensor, value in zip(tensors, own, strict=True):
+                away = torch.zeros_like(value) if start == 0 else torch.randn_like(value)
+                tensor.data.copy_(value + self.start_spread * value.abs().clamp_min(1) * away)
+            try:
+                learned = self._ascend(density, run if start == 0 else run.child(self.num_steps + start))
+            except (EngineError, ProblemError) as error:
+                first_error = first_error or error
+                told.append(f"start {start + 1} failed: {error}")
+                continue
+            if not len(learned.trail):
+                raise EngineError("num_starts compares evidence, and this E-step gives none: use num_starts=1")
+            ends.append((float(learned.trail.value[-1]), learned, [t.detach().clone() for t in tensors]))
+            told.append(f"start {start + 1} ended at {ends[-1][0]:.6g} nats")
+        if first_error is not None and not ends:
+            raise first_error
+        _, learned, theta = max(ends, key=lambda end: end[0])
+        for tensor, value in zip(tensors, theta, strict=True):
+            tensor.data.copy_(value)
+        return replace(learned, notes=(*learned.notes, *told))
+
+    def _ascend(self, density: Density, run: Run) -> Learned:
+        """EM from the theta that stands in the density."""
         engine = self._engine(density)
         kind = self._kind(density, engine)
         optimizer = make_optimizer(self.optimizer, density.theta.tensors, self.learning_rate)
         batches = minibatches(density, self.batch_size)
-        writer = TrailWriter("estimate", 1)
+        ascent = _Ascent(density, kind)
         draws: Draws | None = None
-        chains = _Chains(density, persistent=getattr(engine, "persistent", False))
+        chains = Chains(density, persistent=getattr(engine, "persistent", False))
         notes: tuple[str, ...] = ()
         for step in range(self.num_steps):
             index = next(batches)
             with nullcontext() if index is None else density.minibatch(index):
                 draws = self._expect(engine, density, run.child(step, chains.of(index)))
                 chains.keep(index, draws.state)
-                if draws.log_evidence is not None:
-                    evidence = draws.log_evidence
-                    value, error = evidence.total()
-                    writer.kind = evidence.kind
-                    writer.add(step, value * density.data_scale, error * density.data_scale)
-                    if not math.isfinite(value):
-                        raise EngineError(f"the log likelihood became {value} at step {step}")
+                ascent.add(step, draws, whole=index is None, hard=self.hard)
                 before = [t.detach().clone() for t in density.theta.tensors]
-                self._maximise(kind, density, draws, optimizer)
+                values, weights = flat_draws(draws, tuple(density.batch_shape))
+                improve(kind, density, values, weights, optimizer, self.gradient_steps)
                 moved = max(
                     float(((t.detach() - old).abs() / (1 + old.abs())).max())
                     for t, old in zip(density.theta.tensors, before, strict=True)
                 )
-            if getattr(engine, "exact", False) and index is None and moved <= self.tolerance:
+            if (self.hard or getattr(engine, "exact", False)) and index is None and moved <= self.tolerance:
                 notes = (f"converged after {step + 1} steps",)
                 break
             run.progress("EM steps", step + 1, self.num_steps)
         if self.batch_size is None:
             draws = self._expect(engine, density, run.child(self.num_steps, chains.of(None)))
-            if draws.log_evidence is not None:
-                writer.add(step + 1, *draws.log_evidence.total())
-        return Learned(writer.trail(), None if self.batch_size is not None else draws, notes)
+            ascent.add(step + 1, draws, whole=True, hard=self.hard)
+        return Learned(ascent.trail(), None if self.batch_size is not None else draws, (*notes, *ascent.notes))
 
     def _expect(self, engine: Any, density: Density, run: Run) -> Draws:
-        with torch.no_grad():
-            return engine.run(density, run)
-
-    def _maximise(self, kind: str, density: Density, draws: Draws, optimizer: torch.optim.Optimizer) -> None:
-        values, weights = flat_draws(draws, tuple(density.batch_shape))
-        if kind == "closed":
-            given = {n: v.double() if v.is_floating_point() else v for n, v in values.items()}
-            density.theta.set(_closed_form(density.problem, given, weights, density.args))
-            return
-        tensors = density.theta.tensors
-        if kind == "full":
-            maximise(lambda: expected_log_joint(density, values, weights), tensors)
-            return
-        for _ in range(self.gradient_steps):
-            with torch.enable_grad():
-                loss = -expected_log_joint(density, values, weights)
-                gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-            if not bool(loss.isfinite()):
-                raise EngineError("the expected log joint is not finite: a draw with weight has no density")
-            for tensor, gradient in zip(tensors, gradients, strict=True):
-                tensor.grad = gradient
-            optimizer.step()
+        draws = expect(engine, density, run)
+        return _hardened(draws) if self.hard else draws
 
     def _engine(self, density: Density) -> Any:
         if self.e_step is not None:
             return as_engine(self.e_step)
-        if not Enumeration().supports(density):
-            return Enumeration()
-        # a pilot at every step would cost more than it saves
-        proposal = "laplace" if density.continuous and not density.unlisted else "auto"
-        return ImportanceSampling(num_samples=100, proposal=proposal)
+        if self.hard and density.continuous:
+            return MAP()
+        return e_step_for(density)
 
     def _kind(self, density: Density, engine: Any) -> str:
         if self.m_step != "auto":
             return self.m_step
         if density.problem.m_step is not None and self.batch_size is None:
             return "closed"
-        return "full" if getattr(engine, "exact", False) and self.batch_size is None else "gradient"
+        exact = self.hard or getattr(engine, "exact", False)
+        return "full" if exact and self.batch_size is None else "gradient"
 
 
-class _Chains:
-    """The state of an E-step, kept from one step to the next: of all data at once, or, where an engine's state is per
-    chain and datum, of each datum until it comes up again."""
+class _Ascent:
+    """The trail of EM, and a watch over what cannot fall."""
 
-    def __init__(self, density: Density, persistent: bool) -> None:
-        self.data = density.batch_shape[0] if persistent and len(density.batch_shape) == 1 else 0
-        self.state: dict[str, Tensor] = {}
-        self.seen = torch.zeros(self.data, dtype=torch.bool)
+    def __init__(self, density: Density, kind: str) -> None:
+        self.density, self.kind = density, kind
+        self.writer = TrailWriter("estimate", 1)
+        self.notes: list[str] = []
+        self.falls = 0
+        self._last: tuple[float, float] | None = None
 
-    def of(self, index: Tensor | None) -> dict[str, Tensor]:
-        """Where to go on from for these rows; {} where one of them has not been met."""
-        if index is None:
-            return self.state
-        if not self.data or not bool(self.seen[index.cpu()].all()):
-            return {}
-        return {name: value[:, index] for name, value in self.state.items()}
+    def add(self, step: int, draws: Draws, whole: bool, hard: bool) -> None:
+        """The objective at the theta of these draws. Raises `EngineError` where it is not finite or must not fall."""
+        if hard:
+            with torch.no_grad():
+                figures = flat_draws(draws, tuple(self.density.batch_shape))
+                value, error, slack = float(expected_log_joint(self.density, *figures)), 0.0, 0.0
+            self.writer.kind = "estimate" if self.density.continuous else "lower bound"
+        elif draws.log_evidence is not None:
+            evidence, scale = draws.log_evidence, self.density.data_scale
+            value, error = (scale * figure for figure in evidence.total())
+            slack = float(evidence.std_error.sum())  # what a rule may be wrong by has one sign for all data
+            self.writer.kind = evidence.kind
+        else:
+            return
+        self.writer.add(step, value, error)
+        if not math.isfinite(value):
+            raise EngineError(f"the log likelihood became {value} at step {step}")
+        if not whole or not (hard or draws.deterministic):
+            return
+        if self._last is not None and value < self._last[0] - FALL * (1 + abs(value)) - slack - self._last[1]:
+            if self.kind != "gradient":
+                raise EngineError(
+                    f"the log likelihood fell from {self._last[0]:.10g} to {value:.10g} at step {step}, which an exact "
+                    f"EM step cannot do: its M-step ({self.kind}) is no maximum of the expected log joint"
+                )
+            self.falls += 1
+        self._last = value, slack
 
-    def keep(self, index: Tensor | None, state: Mapping[str, Tensor]) -> None:
-        if index is None:
-            self.state = dict(state)
-        elif self.data:
-            for name, value in state.items():  # (C, rows, ...)
-                if name not in self.state:
-                    self.state[name] = value.new_zeros((value.shape[0], self.data, *value.shape[2:]))
-                self.state[name][:, index] = value
-            self.seen[index.cpu()] = True
+    def trail(self) -> Trail:
+        if self.falls:
+            words = "steps, which gradients overshot: reduce learning_rate"
+            self.notes.append(f"the log likelihood fell at {self.falls} {words}")
+        return self.writer.trail()
 
 
-def _closed_form(problem: Problem, draws: dict[str, Tensor], weights: Tensor, args: tuple[Any, ...]) -> Any:
-    """What the problem's own M-step answers. Raises `ProblemError` where that is no set of parameters."""
-    assert problem.m_step is not None
-    try:
-        found = problem.m_step(draws, weights, *args)
-    except Exception as error:
-        raise ProblemError(
-            f"m_step of problem {problem.name!r} failed when called with (draws, weights, *args): "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Mapping) or not found:
-        raise ProblemError(f"m_step of problem {problem.name!r} must return parameters by name, got {found!r}.")
-    return found
-
-
-def maximise(objective: Callable[[], Tensor], tensors: list[Tensor], num_steps: int = 100) -> None:
-    """Climb to the nearest maximum of a smooth function of the tensors, by L-BFGS with strong-Wolfe line search."""
-    free = [t.detach().clone() for t in tensors]  # what moves, so that no step is noted in the owner's tensors
-    optimizer = torch.optim.LBFGS(
-        free, max_iter=num_steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def put() -> None:
-        for tensor, value in zip(tensors, free, strict=True):
-            tensor.data.copy_(value)
-
-    def closure() -> Tensor:
-        put()
-        with torch.enable_grad():
-            loss = -objective()
-            gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
-        for value, gradient in zip(free, gradients, strict=True):
-            value.grad = torch.zeros_like(value) if gradient is None else gradient
-        return loss.detach()
-
-    optimizer.step(closure)
-    put()
+def _hardened(draws: Draws) -> Draws:
+    """The draw of greatest weight alone, for each datum."""
+    if draws.log_weights is None:
+        return draws
+    best = draws.log_weights.flatten(0, 1).argmax(0, keepdim=True)  # (1, *batch)
+    values = {n: gathered(v.flatten(0, 1), best.to(v.device))[None] for n, v in draws.values.items()}
+    return Draws(values, "point")

@@ -14,12 +14,12 @@ from typing import ClassVar
 import torch
 
 from ..density import Density
+from ..em_steps import maximise
 from ..engine import EngineError, Run
 from ..learning import Learned, TrailWriter, descend
 from ..preflight import check_minibatch
 from ..problem import ProblemError
 from ..settings import check_optimizer, check_positive, settings
-from .em import maximise
 
 
 @settings
