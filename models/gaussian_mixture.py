@@ -1,11 +1,13 @@
 """Gaussian mixtures: a discrete latent under a normal observation, exact by enumeration; and a case that goes wrong.
 
 case='components'   z_i ~ Categorical(weights),   x_i ~ N(locs[z_i], diag(scales[z_i])^2)
+                    or, covariance='full',        x_i ~ N(locs[z_i], L L'), L = scale_trils[z_i]
 
     posterior   r_ik = p(x_i, z_i = k) / sum_l p(x_i, z_i = l), the responsibilities
     learning    EM: weights_k = mean_i r_ik; locs_k, scales_k = mean and sd of the x_i weighted by r_ik
 
-    The guide is Categorical with logits quadratic in x: it holds the exact posterior, and starts there.
+    (or the Cholesky factor of the weighted covariance). The guide is Categorical with logits quadratic in x: it holds
+    the exact posterior, and starts there; full covariances have none.
     Source: Dempster, Laird and Rubin (1977), doi:10.1111/j.2517-6161.1977.tb01600.x.
 
 case='merging'      locs_k ~ N(0, 10),   z_i ~ Categorical(0.4, 0.6),   x_i ~ N(locs[z_i], scale),   theta = scale
@@ -25,11 +27,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro.distributions import constraints
+from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyrometer.inference.posterior import Evidence
@@ -50,15 +53,18 @@ def problem(
     num_components: int = 3,
     data_dim: int = 2,
     separation: float = 4.0,
+    covariance: str = "diagonal",
     seed: int = 0,
 ) -> Problem:
     """N points from K normals in D dimensions, or the merging case.
 
     case         'components' or 'merging'; the merging case has two components in one dimension, whatever is set
     separation   distance of neighbouring true locs along an axis, in units of the components' sd
+    covariance   of the components: 'diagonal' or 'full', whose data are then correlated by 0.5
 
-    theta is `weights` (K), `locs` (K, D) and `scales` (K, D); the locs start at K data far apart, the scales at the
-    sd of all. In the merging case theta is `scale` (), starting at 1. Raises `ProblemError` on a setting out of range.
+    theta is `weights` (K), `locs` (K, D) and `scales` (K, D), or `scale_trils` (K, D, D) where covariances are full;
+    the locs start at K data far apart, the scales at the sd of all. In the merging case theta is `scale` (), starting
+    at 1. Raises `ProblemError` on a setting out of range.
     """
     n = _settings.count("num_data", num_data, 2)
     k, d = _settings.count("num_components", num_components), _settings.count("data_dim", data_dim)
@@ -68,15 +74,13 @@ def problem(
         return _merging(n, generator)
     if k > n:
         raise ProblemError(f"num_components={k} is more than num_data={n}: each starts at a datum of its own.")
+    if _settings.choice("covariance", covariance, ("diagonal", "full")) == "full":
+        return _full(n, k, d, spread, generator)
     return _components(n, k, d, spread, generator)
 
 
 def _components(n: int, k: int, d: int, spread: float, generator: torch.Generator) -> Problem:
-    true_locs = torch.zeros(k, d, dtype=torch.float64)
-    for j in range(k):
-        true_locs[j, j % d] = spread * (1 + j // d)
-    label = torch.multinomial(torch.arange(1.0, k + 1), n, replacement=True, generator=generator)
-    x = true_locs[label] + torch.randn(n, d, generator=generator, dtype=torch.float64)
+    x = _clusters(n, k, d, spread, generator)
     start = {
         "weights": torch.full((k,), 1 / k, dtype=torch.float64),
         "locs": _far_apart(x, k),
@@ -110,6 +114,79 @@ def _components(n: int, k: int, d: int, spread: float, generator: torch.Generato
     )
 
 
+def _full(n: int, k: int, d: int, spread: float, generator: torch.Generator) -> Problem:
+    correlation = torch.linalg.cholesky(0.5 * torch.eye(d, dtype=torch.float64) + 0.5)
+    x = _clusters(n, k, d, spread, generator, correlation)
+    start = {
+        "weights": torch.full((k,), 1 / k, dtype=torch.float64),
+        "locs": _far_apart(x, k),
+        "scale_trils": torch.diag(x.std(0)).expand(k, d, d),
+    }
+
+    def model(x: Tensor) -> None:
+        weights = pyro.param("weights", start["weights"].clone, constraint=constraints.simplex)
+        locs = pyro.param("locs", start["locs"].clone)
+        trils = pyro.param("scale_trils", start["scale_trils"].clone, constraint=constraints.lower_cholesky)
+        components = dist.MultivariateNormal(locs, scale_tril=trils)
+        with pyro.plate("data", x.shape[0]):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", Chosen(components, z), obs=x)
+
+    return Problem(
+        model,
+        args=(x,),
+        reference=full_reference,
+        name="gaussian_mixture (full)",
+        m_step=partial(full_m_step, num_components=k),
+    )
+
+
+class Chosen(TorchDistribution):
+    """The component z (*batch) of a distribution of batch shape (K): `components[z]`, whose densities are computed for
+    all K side by side, so that K values of z cost one pass over the data and no gathered covariances."""
+
+    arg_constraints: Mapping[str, constraints.Constraint] = {}
+
+    def __init__(self, components: TorchDistribution, z: Tensor) -> None:
+        self.components, self.z = components, z
+        super().__init__(z.shape, components.event_shape, validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        return self.components.has_rsample
+
+    @property
+    def support(self) -> constraints.Constraint:
+        return self.components.support
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Chosen:
+        return Chosen(self.components, self.z.expand(batch_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_density = self.components.log_prob(value.unsqueeze(-1 - len(self.event_shape)))  # (*batch, K)
+        shape = torch.broadcast_shapes(log_density.shape[:-1], self.z.shape)
+        index = self.z.expand(shape)[..., None]
+        return log_density.expand(*shape, -1).gather(-1, index)[..., 0]
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.z.shape
+        draws = self.components.expand((*shape, *self.components.batch_shape)).rsample()
+        index = self.z.expand(shape).reshape(*shape, 1, *[1] * len(self.event_shape))
+        return draws.gather(len(shape), index.expand(*shape, 1, *self.event_shape)).squeeze(len(shape))
+
+
+def _clusters(
+    n: int, k: int, d: int, spread: float, generator: torch.Generator, scale_tril: Tensor | None = None
+) -> Tensor:
+    """N points (N, D) around locs along the axes, component j in proportion to j + 1, with unit variances."""
+    locs = torch.zeros(k, d, dtype=torch.float64)
+    for j in range(k):
+        locs[j, j % d] = spread * (1 + j // d)
+    label = torch.multinomial(torch.arange(1.0, k + 1), n, replacement=True, generator=generator)
+    noise = torch.randn(n, d, generator=generator, dtype=torch.float64)
+    return locs[label] + (noise if scale_tril is None else noise @ scale_tril.T)
+
+
 def _far_apart(x: Tensor, k: int) -> Tensor:
     """k of the data: the first, then each time the one farthest from those chosen; (k, D)."""
     chosen = x[:1]
@@ -133,9 +210,22 @@ def reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
     weights, locs, scales = (parameters[name].double() for name in ("weights", "locs", "scales"))
     standardised = (x.double() - locs[:, None]) / scales[:, None]  # (K, N, D)
     log_density = -0.5 * (standardised.square() + math.log(2 * math.pi)).sum(2) - scales.log().sum(1)[:, None]
-    log_weights = weights.log()[:, None] + log_density
+    return _listed(weights.log()[:, None] + log_density)
+
+
+def full_reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
+    """The same for full covariances, by whitening: log N(x; m, L L') = log N(L^-1 (x - m); 0, I) - log det L."""
+    weights, locs, trils = (parameters[name].double() for name in ("weights", "locs", "scale_trils"))
+    centred = (x.double() - locs[:, None]).mT  # (K, D, N)
+    white = torch.linalg.solve_triangular(trils, centred, upper=False)
+    log_volume = trils.diagonal(dim1=1, dim2=2).log().sum(1)[:, None]
+    log_density = -0.5 * (white.square() + math.log(2 * math.pi)).sum(1) - log_volume
+    return _listed(weights.log()[:, None] + log_density)
+
+
+def _listed(log_weights: Tensor) -> Reference:
     responsibilities = torch.softmax(log_weights, 0)
-    index = torch.arange(len(weights), dtype=torch.float64)[:, None]
+    index = torch.arange(len(log_weights), dtype=torch.float64)[:, None]
     mean = (responsibilities * index).sum(0)
     return Reference(
         "exact",
@@ -153,18 +243,39 @@ def m_step(draws: Mapping[str, Tensor], weights: Tensor, x: Tensor, *, num_compo
     Raises `ProblemError` where a component has no data, or all its weight on equal data: its likelihood has no
     maximum then.
     """
-    z = draws["z"]
-    responsibilities = torch.stack([(weights * (z == j)).sum(0) for j in range(num_components)])  # (K, N)
-    total = responsibilities.sum(1)
-    locs = responsibilities @ x / total[:, None]
+    responsibilities, total, locs = _weighted_means(draws["z"], weights, x, num_components)
     variance = torch.einsum("kn,knd->kd", responsibilities, (x - locs[:, None]).square()) / total[:, None]
-    bad = ~(variance > 0).all(1)
+    _refuse_collapse(variance)
+    return {"weights": total / total.sum(), "locs": locs, "scales": variance.sqrt()}
+
+
+def full_m_step(draws: Mapping[str, Tensor], weights: Tensor, x: Tensor, *, num_components: int) -> dict[str, Tensor]:
+    """The same with the Cholesky factors of the weighted covariances. Raises `ProblemError` where one is singular."""
+    responsibilities, total, locs = _weighted_means(draws["z"], weights, x, num_components)
+    covariance = x.new_empty(num_components, x.shape[1], x.shape[1])
+    for j, r in enumerate(responsibilities):
+        centred = x - locs[j]
+        covariance[j] = (r[:, None] * centred).T @ centred / total[j]
+    trils, failed = torch.linalg.cholesky_ex(covariance)
+    _refuse_collapse(torch.where(failed[:, None] > 0, 0.0, trils.diagonal(dim1=1, dim2=2)))
+    return {"weights": total / total.sum(), "locs": locs, "scale_trils": trils}
+
+
+def _weighted_means(z: Tensor, weights: Tensor, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Responsibilities (K, N), their sums (K), and the means under them (K, D)."""
+    responsibilities = torch.stack([(weights * (z == j)).sum(0) for j in range(k)])
+    total = responsibilities.sum(1)
+    return responsibilities, total, responsibilities @ x / total[:, None]
+
+
+def _refuse_collapse(spread: Tensor) -> None:
+    """spread (K, D), not all positive where a component has no maximum of its likelihood."""
+    bad = ~(spread > 0).all(1)
     if bool(bad.any()):
         raise ProblemError(
             f"component {int(bad.nonzero()[0])} holds no data, or one point only: start elsewhere (seed) "
             "or use fewer components (num_components)."
         )
-    return {"weights": total / total.sum(), "locs": locs, "scales": variance.sqrt()}
 
 
 def _merging(n: int, generator: torch.Generator) -> Problem:

@@ -102,6 +102,22 @@ def mixture_case(rng):
     return problem, {"z": torch.as_tensor(z)}, tensors(**theta), expected
 
 
+def random_full_mixture(rng, k=3, d=2):
+    trils = np.linalg.cholesky(stats.wishart.rvs(d + 2, np.eye(d), k, random_state=rng).reshape(k, d, d))
+    return {"weights": rng.dirichlet(np.ones(k)), "locs": rng.normal(size=(k, d)) * 2, "scale_trils": trils}
+
+
+def full_mixture_case(rng):
+    problem = gaussian_mixture.problem(covariance="full", num_data=7)
+    x, z, theta = problem.args[0].numpy(), rng.integers(3, size=7), random_full_mixture(rng)
+    trils = theta["scale_trils"]
+    expected = sum(
+        math.log(theta["weights"][k]) + stats.multivariate_normal.logpdf(row, theta["locs"][k], trils[k] @ trils[k].T)
+        for row, k in zip(x, z, strict=True)
+    )
+    return problem, {"z": torch.as_tensor(z)}, tensors(**theta), expected
+
+
 def merging_case(rng):
     problem = gaussian_mixture.problem(case="merging", num_data=7)
     x, z, locs, scale = problem.args[0].numpy(), rng.integers(2, size=7), rng.normal(size=2) * 5, rng.gamma(3.0)
@@ -148,7 +164,16 @@ def schools(theta):
 
 
 @pytest.mark.parametrize(
-    "case", [conjugate_case, mixture_case, merging_case, ppca_case, eight_schools_case, non_centred_case]
+    "case",
+    [
+        conjugate_case,
+        mixture_case,
+        full_mixture_case,
+        merging_case,
+        ppca_case,
+        eight_schools_case,
+        non_centred_case,
+    ],
 )
 def test_log_joint_equals_a_second_density(case):
     rng = np.random.default_rng(1)
@@ -200,7 +225,7 @@ def test_theta_of_non_centred_schools_is_reported():
     assert_close(trace.nodes["theta"]["value"], values["mu"] + values["tau"] * values["eta"], 1e-14)
 
 
-@pytest.mark.parametrize("case", [conjugate_case, mixture_case, ppca_case])
+@pytest.mark.parametrize("case", [conjugate_case, mixture_case, full_mixture_case, ppca_case])
 def test_order_of_the_data_does_not_matter(case):
     problem, values, theta, _ = case(np.random.default_rng(4))
     order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
@@ -613,7 +638,28 @@ def mixture_m_step(generator):
     )
 
 
-@pytest.mark.parametrize("case", [conjugate_m_step, ppca_m_step, mixture_m_step])
+def full_mixture_m_step(generator):
+    problem = gaussian_mixture.problem(covariance="full", num_data=12, num_components=2)
+    draws = torch.randint(2, (5, 12), generator=generator)
+
+    def expected(free, weights, x):
+        tril = free["tril"].tril(-1) + torch.diag_embed(free["tril"].diagonal(dim1=1, dim2=2).exp())
+        log_p = torch.log_softmax(free["logits"], 0)[draws]
+        log_p = log_p + dist.MultivariateNormal(free["locs"][draws], scale_tril=tril[draws]).log_prob(x)
+        return (weights * log_p).sum()
+
+    def free_of(t):
+        log_diagonal = torch.diag_embed(t["scale_trils"].diagonal(dim1=1, dim2=2).log())
+        return {
+            "logits": t["weights"].log(),
+            "locs": t["locs"],
+            "tril": t["scale_trils"].tril(-1) + log_diagonal,
+        }
+
+    return problem, draws, expected, free_of
+
+
+@pytest.mark.parametrize("case", [conjugate_m_step, ppca_m_step, mixture_m_step, full_mixture_m_step])
 def test_m_step_is_the_maximiser(case):
     generator = torch.Generator().manual_seed(3)
     problem, draws, expected, free_of = case(generator)
@@ -732,6 +778,7 @@ BAD_SETTINGS = [
     (gaussian_mixture, {"num_components": 9, "num_data": 8}, "num_components=9 is more than num_data=8"),
     (gaussian_mixture, {"data_dim": -2}, "data_dim=-2"),
     (gaussian_mixture, {"separation": -1.0}, "separation=-1.0"),
+    (gaussian_mixture, {"covariance": "ful"}, "did you mean 'full'"),
     (gaussian_mixture, {"case": "merging", "num_data": 1}, "num_data=1"),
     (ppca, {"latent_dim": 5}, "latent_dim=5 must be smaller than the 5"),
     (ppca, {"noise": 0.0}, "noise=0.0.*above 0"),
@@ -776,6 +823,7 @@ def test_ppca_maximum_likelihood_needs_noise_dimensions():
 SEEDED = [
     (conjugate_gaussian, {}),
     (gaussian_mixture, {}),
+    (gaussian_mixture, {"covariance": "full"}),
     (gaussian_mixture, {"case": "merging"}),
     (ppca, {}),
     (vae, {"latent_dim": 1, "hidden": 4}),

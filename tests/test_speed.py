@@ -237,6 +237,23 @@ def test_every_fit_has_the_same_loss(tool, small_fit, own_loss):
     assert answer.loss == pytest.approx(own_loss, rel=0.008)
 
 
+@pytest.mark.parametrize("tool", installed("mixture"))
+def test_every_tool_takes_the_same_em_steps(tool, monkeypatch):
+    """The likelihood after three steps from equal starts, to rounding; against the steps taken here by the model's own
+    reference and M-step."""
+    case = cases.load("em-mixture")
+    monkeypatch.setattr(case, "ROWS", 300)
+    monkeypatch.setattr(case, "NUM_STEPS", 3)
+    theta = {name: torch.as_tensor(value) for name, value in case.start().items()}
+    problem, x = case.problem(), theta.pop("x")
+    for _ in range(3):
+        weights = torch.softmax(problem.reference_at(theta).log_weights, 0)
+        theta = problem.m_step({"z": torch.arange(5)[:, None].expand(5, 300)}, weights, x)
+    answer = tool.prepare(case, Plan()).called(3)
+    assert answer.count == 3
+    assert answer.loss == pytest.approx(-problem.reference_at(theta).log_evidence.total()[0] / 300, rel=1e-10)
+
+
 @pytest.mark.parametrize("tool", installed("importance"))
 def test_every_tool_weighs_the_same_prior_by_the_same_likelihood(tool, monkeypatch):
     """Against the exact evidence: |z| > 4.9 in one seed of a million; the error is 0.02, so 0.1 nat is seen."""
@@ -459,7 +476,7 @@ def three_tools(monkeypatch):
     """Three tools of every kind: ours, a peer, and one whose library nobody has."""
     made = [
         Tool(name, kind, {library: library}, "float64", lambda case, plan: None)
-        for kind in ("posterior", "per-datum", "svi", "importance")
+        for kind in ("posterior", "per-datum", "svi", "importance", "mixture")
         for name, library in ((tools.OURS, "torch"), ("peer-fast", "numpy"), ("absent", "no-such-library"))
     ]
     monkeypatch.setattr(tools, "tools", lambda: made)
@@ -635,6 +652,7 @@ def test_a_tool_that_failed_in_a_later_round_keeps_its_figures_and_says_so():
     [
         ("svi-step-64", {"loss": Estimate(21.4567, 0.0)}, ["steps/s", "loss", "21.457"]),
         ("importance", {"log evidence": Estimate(-31.0, 0.5)}, ["draws/s", "|z|", "exact value"]),
+        ("em-mixture", {"loss": Estimate(13.2567, 0.0)}, ["steps/s", "loss", "13.257"]),
     ],
 )
 def test_other_kinds_have_their_own_columns(case, answer, words):
@@ -693,6 +711,7 @@ def test_every_case_has_what_its_kind_needs_and_we_are_timed_on_it(name):
         "per-datum": "data problem SHAPES log_joint identified",
         "svi": "SIZE",
         "importance": "data problem NUM_DRAWS truth",
+        "mixture": "problem start NUM_STEPS",
     }[case.KIND]
     for part in needs.split():
         assert hasattr(case, part), part
@@ -709,6 +728,7 @@ def test_the_peers_are_all_there():
         assert {(f"numpyro-{method}", "posterior"), (f"numpyro-{method}-x64", "posterior")} <= names
     assert {(n, "posterior") for n in ("pyro", "pymc", "pymc-nutpie", "blackjax-parallel")} <= names
     assert {(n, "svi") for n in ("pyro", "torch-eager", "torch-compiled", "numpyro-step", "numpyro-scan")} <= names
+    assert ("scikit-learn", "mixture") in names
     assert {(n, "importance") for n in ("pyro", "torch-eager", "jax-jit")} <= names
 
 

@@ -14,7 +14,8 @@ from .agreement import Disagreement, disagreements
 from .record import Estimate, Measurement, Plan, together
 from .tools import OURS
 
-UNITS = {"posterior": "ESS/s", "per-datum": "ESS/s", "svi": "steps/s", "importance": "draws/s"}
+UNITS = {"posterior": "ESS/s", "per-datum": "ESS/s", "svi": "steps/s", "importance": "draws/s", "mixture": "steps/s"}
+FITS = ("svi", "mixture")  # agree on a loss, not on moments
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def rows_of(case: ModuleType, measurements: Sequence[Measurement]) -> list[Row]:
     done = {tool: [m for m in group if m.state == "done"] for tool, group in by_tool.items()}
     rates = {tool: _median(t.rate for m in group for t in m.warm) for tool, group in done.items()}
     estimates = {tool: together([m.estimates for m in group]) for tool, group in done.items() if group}
-    is_fit = case.KIND == "svi"
+    is_fit = case.KIND in FITS
     truth = case.truth() if hasattr(case, "truth") else None
     differing = {} if is_fit else disagreements(estimates, truth)
     return [

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from . import cases
 from .agreement import LIMIT
-from .results import UNITS, Benchmark, Row
+from .results import FITS, UNITS, Benchmark, Row
 from .tools import OURS, is_ours
 
 R_HAT_LIMIT = 1.05
@@ -29,6 +29,8 @@ MEANING = {
     "largest difference to {to}, over means and mean squares, in standard errors.",
     "svi": "warm, again, cold and cached are for {count} steps. loss: mean of the last hundred, in nats per datum; all "
     "start from the same weights and see the same data.",
+    "mixture": "warm is for {count} EM steps without the set-up. loss: minus the log likelihood, in nats per datum; "
+    "all start from the same parameters.",
     "importance": "times are for {count} draws. |z|: difference of the log evidence to {to}, in standard errors.",
 }
 
@@ -72,7 +74,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
 def _table(rows: Sequence[Row], kind: str) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("tool", no_wrap=True)
-    agreement = "loss" if kind == "svi" else "|z|"
+    agreement = "loss" if kind in FITS else "|z|"
     drawn = ("grad/s", "ESS") if kind in ("posterior", "per-datum") else ()
     for title in (UNITS[kind], "ours/it", "warm s", "(least)", "again", "cold", "cached", *drawn, agreement, "bits"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -87,7 +89,7 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
             _number(row.ratio),
             *(_number(s) for s in (row.warm, row.least, row.called, row.cold, row.cached)),
             *((_count(row.gradient_rate), _count(row.work)) if drawn else ()),
-            _number(row.loss, 3) if kind == "svi" else Text(_number(z, 1), style="red" if _high(z, LIMIT) else ""),
+            _number(row.loss, 3) if kind in FITS else Text(_number(z, 1), style="red" if _high(z, LIMIT) else ""),
             row.precision.removeprefix("float"),
         )
     return table

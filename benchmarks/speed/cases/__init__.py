@@ -18,6 +18,9 @@
         SIZE                             a `_vae.Size`
     'importance'   prior draws weighted by the likelihood; speed is draws per second
         data(), problem(data), NUM_DRAWS
+    'mixture'      EM steps on a mixture of normals; speed is steps per second
+        problem(), NUM_STEPS
+        start() -> {name: array}         the data x and the theta to start from, by the problem's names
 
 A case may have `truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
 and of their squares ('tau^2'), or the 'log evidence'.

@@ -59,6 +59,21 @@ def svi(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def mixture(case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import EM, learn
+
+    problem, learner = case.problem(), EM(num_steps=case.NUM_STEPS, tolerance=0.0)
+
+    def called(seed: int) -> Steps:
+        fit = learn(problem, learner, seed=seed)
+        if not fit.status.done:
+            raise RuntimeError(str(fit.status))
+        seconds = float(fit.trail.seconds[-1] - fit.trail.seconds[0])  # of num_steps M-steps and as many E-steps
+        return Steps(case.NUM_STEPS, -float(fit.trail.value[-1]) / len(problem.args[0]), seconds=seconds)
+
+    return Prepared(called, called)
+
+
 def importance(case: ModuleType, plan: Plan) -> Prepared:
     from pyrometer.inference import ImportanceSampling, infer
 
@@ -81,4 +96,5 @@ TOOLS = [
     Tool(f"{OURS}-float32", "per-datum", REQUIRES, "float32", partial(nuts, "float32")),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
+    Tool(OURS, "mixture", REQUIRES, "float64", mixture),
 ]
