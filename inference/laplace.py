@@ -81,12 +81,14 @@ def laplace(
     apart = torch.linalg.solve_triangular(tril, (climbed - u)[..., None], upper=False)[..., 0].norm(dim=-1) > 3
     rivals = (apart & (value > value.amax(0) - 5)).any(0)
     # what one more step of the fitted Gaussian would gain, in nats
-    gain = 0.5 * (tril.mT @ gradient[..., None]).square().sum((-1, -2))
+    uphill = tril.mT @ gradient[..., None]
+    gain = 0.5 * uphill.square().sum((-1, -2))
+    last = torch.where(gain <= RISING, 1.0, 0.0)  # a step whose gain is below rounding is not judged by it
     return GaussianFit(
-        u,
+        u + last[..., None] * (tril @ uphill)[..., 0],
         tril,
         rivals=int(rivals.sum()),
-        value=value.amax(0),
+        value=value.amax(0) + last * gain,
         unfinished=gain > RISING,
         flat=(eigenvalues <= 1e-6).any(-1),
     )

@@ -28,7 +28,7 @@ from ..settings import check_choice, check_optimizer, check_positive, settings
 
 NEWTON_TO = 50  # dimensions of a datum up to which a Hessian at every step pays
 NEWTON_STEPS = 200  # at most; a climb ends by itself, most after about
-EXPECTED_STEPS = 12
+EXPECTED_STEPS = 20
 
 
 @settings
