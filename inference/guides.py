@@ -18,6 +18,7 @@ from torch.distributions import LowRankMultivariateNormal
 from torch.nn.functional import softplus
 
 from .density import Density, Values
+from .flows import Flow, FlowGuide
 from .problem import ProblemError
 
 INIT_SCALE = 0.1  # Pyro's
@@ -114,6 +115,19 @@ class AutoGuide:
                     raise ProblemError(f"the warm start does not fit {self.family} on this problem (at {name!r}).")
                 tensor.copy_(kept)
 
+    def stand(self, mean: Tensor, tril: Tensor) -> None:
+        """Make an AutoMultivariateNormal N(mean, tril tril') of u: (*batch, D) and (*batch, D, D)."""
+        scaled = tril / self.spread[..., None]
+        scale = scaled.diagonal(dim1=-2, dim2=-1)
+        values = {
+            "loc": (mean - self.centre) / self.spread,
+            "scale": torch.where(scale > 20, scale, scale.expm1().log()),  # what softplus maps to it
+            "tril": (scaled / scale[..., None]).tril(-1),
+        }
+        with torch.no_grad():
+            for name, value in values.items():
+                self._parameters[name].copy_(value)
+
     def draw(self, count: int) -> tuple[Tensor, Tensor, Tensor | None]:
         p = {n: self.density.rows(t) for n, t in self._parameters.items()}
         centre, spread = self.density.rows(self.centre), self.density.rows(self.spread)
@@ -155,12 +169,15 @@ class AutoGuide:
         return (-0.5 * noise.square() - 0.5 * math.log(2 * math.pi)).sum(-1) - scale.log().sum(-1) - log_volume
 
 
-def make_guide(density: Density, guide: str | None) -> Guide:
-    """The family of this name, or the problem's own guide for None. Raises `ProblemError` where it cannot serve."""
+def make_guide(density: Density, guide: str | Flow | None) -> Guide:
+    """The family of this name, a flow, or the problem's own guide for None. Raises `ProblemError` where it cannot
+    serve."""
     if guide is None:
         return PairedGuide(density)
     if not density.continuous:
-        raise ProblemError(f"guide {guide!r} needs continuous latents; this model has none.")
+        raise ProblemError(f"guide {str(guide)!r} needs continuous latents; this model has none.")
+    if isinstance(guide, Flow):
+        return FlowGuide(density, guide, *_prior_location(density))
     return AutoGuide(density, guide)
 
 

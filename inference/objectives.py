@@ -9,6 +9,9 @@
     vimco   the same, with a baseline for each draw                   Mnih & Rezende 2016, arXiv:1602.06725
     renyi   log mean_k w_k^(1 - alpha) / (1 - alpha)                  Li & Turner 2016, arXiv:1602.02311
 
+    enumerated   sum_z q(z | x) (log p(x, z) - log q(z | x)), over every z of a guide of discrete latents: the ELBO
+                 without noise
+
 Weights belong to a datum, never to the data set: a joint weight would be the product over all data. Each loss is a pure
 function of tensors. Its value is minus the bound; its gradient is unbiased for that of the bound's mean, in theta and
 in phi.
@@ -25,12 +28,13 @@ import torch
 from torch import Tensor
 
 from .density import Density
+from .engines.enumeration import every_value
 from .guides import Guide
 from .problem import ProblemError
 
-OBJECTIVES = ("elbo", "iwae", "dreg", "stl", "renyi", "vimco")
+OBJECTIVES = ("elbo", "iwae", "dreg", "stl", "renyi", "vimco", "enumerated")
 PATHWISE = ("dreg", "stl")  # need draws that are reparameterised
-LINEAR = ("elbo", "stl")  # in log w: so also right where log w is itself an unbiased estimate
+LINEAR = ("elbo", "stl", "enumerated")  # in log w: so also right where log w is itself an unbiased estimate
 
 
 def check_objective(engine: Any) -> None:
@@ -54,6 +58,8 @@ def loss(density: Density, guide: Guide, count: int, objective: str = "elbo", al
     """An estimate of minus the objective of all data, from `count` draws for each datum; () in nats."""
     if objective in PATHWISE:
         return -pathwise(density, guide, count, objective) * density.data_scale
+    if objective == "enumerated":
+        return -enumerated(density, guide).sum() * density.data_scale
     z, log_q, log_score = guide.draw(count)
     log_w = density.log_joint(z, jacobian=not guide.point) - log_q
     if objective == "elbo" or (objective == "renyi" and alpha == 1):
@@ -68,6 +74,13 @@ def loss(density: Density, guide: Guide, count: int, objective: str = "elbo", al
             signal = signal - without_each(log_w.detach())
         bound = with_gradient(bound, bound + (signal * log_score).sum(0))
     return -bound.sum() * density.data_scale
+
+
+def enumerated(density: Density, guide: Guide) -> Tensor:
+    """The ELBO of each datum, (*batch), summed over every value of the latents, which the guide samples all."""
+    values = every_value(density)
+    log_q = guide.log_prob(values)
+    return weighted(log_q.exp(), density.log_joint(values) - log_q)
 
 
 def log_mean(log_w: Tensor, alpha: float = 0.0) -> Tensor:

@@ -35,7 +35,7 @@ class Enumeration:
             return f"site {density.continuous[0]!r} is continuous; enumeration lists discrete values only"
         if density.unlisted:
             return f"site {density.unlisted[0]!r} cannot be listed: its support is infinite or differs between elements"
-        values = sum(math.log(k) * m for k, m in _factors(density))
+        values = sum(math.log(k) * m for k, m in factors(density))
         if values > math.log(self.max_values) + 1e-9:
             return (
                 f"{math.exp(min(values, 700.0)):.3g} joint values for one datum are more than "
@@ -57,15 +57,15 @@ class Enumeration:
 
 
 def every_value(density: Density) -> dict[str, Tensor]:
-    """All joint values of the discrete latents of a datum, site -> (K, *batch, *event)."""
-    radices = [k for k, m in _factors(density) for _ in range(m)]
+    """Each site of discrete latents at every joint value of one datum, (K, *batch, *event)."""
+    radices = [k for k, m in factors(density) for _ in range(m)]
     count = math.prod(radices)
     digits, index = [], torch.arange(count)
     for radix in reversed(radices):
         digits.append(index % radix)
         index = index // radix
     digits.reverse()
-    values, batch = {}, tuple(density.batch_shape)
+    values, batch = dict[str, Tensor](), tuple(density.batch_shape)
     for name, site in density.latents.items():
         assert site.support is not None
         shape, m = site.inner_shape, math.prod(site.inner_shape)
@@ -77,7 +77,7 @@ def every_value(density: Density) -> dict[str, Tensor]:
     return values
 
 
-def _factors(density: Density) -> list[tuple[int, int]]:
-    """(values of one element, number of elements in a datum) of each site."""
+def factors(density: Density) -> list[tuple[int, int]]:
+    """(values of one element, number of elements in a datum) of each discrete site."""
     sites = density.latents.values()
     return [(len(s.support), math.prod(s.inner_shape)) for s in sites if s.support is not None]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
+from ..flows import Flow, require_zuko
 from ..guides import AutoGuide, Guide, make_guide
 from ..learning import Learned, TrailWriter, descend
 from ..objectives import LINEAR, PATHWISE, check_objective, loss
@@ -29,6 +30,7 @@ from ..posterior import Evidence, evidence_from_weights
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
 from ..settings import check_optimizer, check_positive, settings
+from .enumeration import Enumeration
 
 
 @settings
@@ -37,12 +39,14 @@ class SVI:
 
     objective      'elbo'; 'iwae', the importance-weighted bound of `num_particles` draws, tighter with more of them;
                    'stl' and 'dreg', the gradients of these two that become exact with the guide, for reparameterised
-                   draws; 'vimco', 'iwae' for draws that are not, such as discrete ones; 'renyi', between the two
+                   draws; 'vimco', 'iwae' for draws that are not, such as discrete ones; 'renyi', between the two;
+                   'enumerated', the ELBO of a guide of discrete latents, summed over all their values
     alpha          of 'renyi', 0.5 unless given: 0 is 'iwae', 1 is 'elbo'. From 0 up the mean of the estimate is a
                    lower bound of the evidence, whatever `num_particles` (for many draws and alpha in [0, 1) it rises
                    to Renyi's own); below 0 it is no bound, and the trail is of kind 'estimate'
     guide          None: the problem's own; 'AutoNormal', 'AutoMultivariateNormal', 'AutoLowRankMultivariateNormal',
-                   'AutoDelta' (or the Pyro class): one per datum; another Pyro autoguide class, or an instance
+                   'AutoDelta' (or the Pyro class): one per datum; 'flow' or a `flows.Flow`; another Pyro autoguide
+                   class (AutoStructured ...), or an instance
     num_particles  draws of z for each gradient
     batch_size     data for each gradient; None: all
     optimizer      any torch optimiser class, called as optimizer(tensors, lr=learning_rate)
@@ -63,9 +67,12 @@ class SVI:
     def __post_init__(self) -> None:
         check_positive(self, "learning_rate")
         check_optimizer(self)
-        if isinstance(self.guide, str) and self.guide not in AutoGuide.FAMILIES:
-            raise ProblemError(f"SVI(guide={self.guide!r}): expected one of {', '.join(AutoGuide.FAMILIES)}.")
-        if not (self.guide is None or isinstance(self.guide, str) or callable(self.guide)):
+        families = (*AutoGuide.FAMILIES, Flow.name)
+        if isinstance(self.guide, str) and self.guide not in families:
+            raise ProblemError(f"SVI(guide={self.guide!r}): expected one of {', '.join(families)}.")
+        if getattr(self.guide, "__name__", type(self.guide).__name__) == "AutoLaplaceApproximation":
+            raise ProblemError("SVI(guide=AutoLaplaceApproximation) would fit a point: use the engine Laplace().")
+        if not (self.guide is None or isinstance(self.guide, str | Flow) or callable(self.guide)):
             raise ProblemError(f"SVI(guide={self.guide!r}): expected a name, a Pyro autoguide class or a guide.")
         check_objective(self)
         if self.objective != "elbo" and self._family() == "AutoDelta":
@@ -82,6 +89,8 @@ class SVI:
         if self.batch_size is not None:
             check_minibatch(density, self.batch_size)
         family = self._family(density)
+        if isinstance(family, Flow):
+            require_zuko()
         if family is None and density.problem.guide is None:
             return "all latents are discrete, so no autoguide serves; pair the model with a guide"
         if family is None:
@@ -103,13 +112,15 @@ class SVI:
                 )
         return ""
 
-    def _unserved(self, density: Density, family: str | None) -> str:
+    def _unserved(self, density: Density, family: str | Flow | None) -> str:
         """Why the objective cannot be had with this guide, in words; '' where it can."""
         if self.batch_size is not None and not density.batch_plates and self.objective not in LINEAR:
             return (
                 f"objective={self.objective!r} needs the whole weight of a draw, and with global latents a minibatch "
                 "has a part of it: use batch_size=None or objective='elbo'"
             )
+        if self.objective == "enumerated":
+            return _unlisted(density, family)
         if self.objective not in PATHWISE or family is not None:
             return ""
         if not density.guide_latents:
@@ -149,9 +160,11 @@ class SVI:
         with torch.no_grad():
             return Learned(writer.trail(), guide_draws(density, guide, self.num_samples))
 
-    def _family(self, density: Density | None = None) -> str | None:
-        """The automatic family by name; None for the problem's own guide."""
-        if isinstance(self.guide, str):
+    def _family(self, density: Density | None = None) -> str | Flow | None:
+        """The automatic family by name, or the flow; None for the problem's own guide."""
+        if self.guide == Flow.name or self.guide is Flow:
+            return Flow()
+        if isinstance(self.guide, str | Flow):
             return self.guide
         if isinstance(self.guide, type) and self.guide.__name__ in AutoGuide.FAMILIES:
             return self.guide.__name__
@@ -198,6 +211,20 @@ def guide_draws(density: Density, guide: Guide, count: int, notes: tuple[str, ..
         notes=notes,
         log_ratio=log_ratio.cpu(),
     )
+
+
+def _unlisted(density: Density, family: str | Flow | None) -> str:
+    """Why the guide's latents cannot be listed, in words; '' where they can."""
+    if density.continuous or family is not None:
+        return (
+            f"objective='enumerated' lists the values of a guide, and site {density.continuous[0]!r} is continuous: "
+            "leave discrete sites out of the guide and they are summed out"
+        )
+    if reason := Enumeration(max_values=2**16).supports(density):
+        return f"objective='enumerated' cannot list the latents: {reason}"
+    if set(density.guide_latents) != set(density.latents):
+        return "objective='enumerated' needs a guide that samples the model's latents, and no others"
+    return ""
 
 
 def _altered(density: Density) -> str:
