@@ -33,7 +33,7 @@ from pyrometer.inference import (
     learn,
 )
 from pyrometer.inference.density import Density
-from pyrometer.inference.em_steps import improve
+from pyrometer.inference.em_steps import improve, maximise
 from pyrometer.inference.engine import Draws, Run
 from pyrometer.inference.learners.saem import _Memory
 from pyrometer.inference.learning import expected_log_joint, flat_draws
@@ -335,6 +335,29 @@ def test_saem_refuses_what_it_cannot_do():
         learn(replace(ppca.problem(), m_step=None), SAEM(m_step="closed"))
     with pytest.raises(ProblemError, match="Did you mean 'num_steps'"):
         SAEM(max_iter=3)
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5, 50])
+def test_the_climb_leaves_its_tensors_where_it_ended(num_steps):
+    """As torch's own L-BFGS does on the tensors themselves, wherever it is stopped on its way through a valley."""
+
+    def valley(t: Tensor) -> Tensor:
+        return -((1 - t[0]) ** 2 + 10 * (t[1] - t[0] ** 2) ** 2)
+
+    ours, theirs = (torch.tensor([-1.0, 1.5], dtype=F64, requires_grad=True) for _ in range(2))
+    maximise(lambda: valley(ours), [ours], num_steps)
+    optimizer = torch.optim.LBFGS(
+        [theirs], max_iter=num_steps, tolerance_grad=1e-10, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = -valley(theirs)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(ours.detach(), theirs.detach(), rtol=0, atol=1e-12)
 
 
 def test_the_expected_log_joint_rises_in_every_exact_m_step():
