@@ -106,7 +106,8 @@ def test_a_flow_bends_where_a_normal_cannot():
 @zuko
 @pytest.mark.slow
 def test_splines_split_one_mode_into_two():
-    """Weights 0.3 and 0.7 at -2 and 2, sd 0.6, known evidence 0: a normal loses 0.3 nats or more, splines below 0.1."""
+    """Weights 0.3 and 0.7 at -2 and 2, sd 0.6, evidence 0. A normal holds one mode, and loses log 0.7 = 0.36 nats or
+    more; splines that hold both lose half of that, and their draws are as wide as the two (sd 1.93)."""
 
     def model(x: Tensor) -> None:
         z = pyro.sample("z", dist.Normal(x.new_zeros(()), 3.0))
@@ -118,8 +119,10 @@ def test_splines_split_one_mode_into_two():
     settings = {"num_steps": 1000, "num_particles": 16, "num_samples": 4000}
     normal = infer(problem, SVI(guide="AutoNormal", **settings))
     split = infer(problem, SVI(guide="flow", **settings))
-    assert float(normal.log_evidence.value) < -0.25
-    assert -0.1 < float(split.log_evidence.value) < 4.9 * float(split.log_evidence.std_error)
+    assert float(normal.log_evidence.value) < -0.33
+    assert -0.25 < float(split.log_evidence.value) < 4.9 * float(split.log_evidence.std_error)
+    assert float(normal.sd("z")) < 1
+    assert 1.7 < float(split.sd("z")) < 2.2
 
 
 @zuko
