@@ -161,6 +161,30 @@ def square(
     _deliver(results, results.to_json, json_path, results.ended)
 
 
+@main.command()
+@click.argument("runs", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="report.html", show_default=True)
+@click.option("--compare", "against", type=click.Path(path_type=Path), help="Other runs: say what changed since them.")
+@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
+def report(runs: Path, out: Path, against: Path | None, show: bool) -> None:
+    """Write one page on the folder RUNS: which engine to trust on which model, at which cost.
+
+    The page needs nothing but itself; its numbers are written beside it as CSV and JSON.
+    """
+    from .page import report as write
+
+    words: list[Any] = ["pyrometer", "report", runs, "--out", out, *(["--compare", against] if against else [])]
+    try:
+        written = write(runs, out, against=against, command=shlex.join(map(str, words)))
+    except OSError as error:
+        raise Mistake(f"--out {out}: {error.strerror or error}.") from error
+    if written.unreadable:
+        click.echo(f"{len(written.unreadable)} runs could not be read; the page says which.", err=True)
+    click.echo(f"{written.page}: {written.cells} runs, {written.page.stat().st_size / 2**20:.1f} MB")
+    if show:
+        click.launch(str(written.page))
+
+
 @main.command(name="list")
 @click.option("--serves", "matrix", is_flag=True, help="Which engine runs on which model, and why not, as markdown.")
 def list_(matrix: bool) -> None:

@@ -1,0 +1,50 @@
+"""Squares of learners and evaluators, and gaps of fits, where the folder has what `pyrometer square --json` wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..gaps import Gaps
+from ..square import Cell, Square
+from .records import UNREADABLE, parse, read_as
+
+LARGEST = 2**26  # bytes of a file that is looked into
+
+
+@dataclass(frozen=True)
+class Crossed:
+    """One file: the square, and the gaps where it has them."""
+
+    file: str
+    square: Square
+    gaps: Gaps | None
+
+    def shade(self, cell: Cell) -> float:
+        """0 for the best learner of the evaluator to 1 for the worst, by the difference in nats."""
+        of_column = [
+            -c.difference.value
+            for c in self.square.cells
+            if c.evaluator == cell.evaluator and c.difference and math.isfinite(c.difference.value)
+        ]
+        worst = max(of_column, default=0.0)
+        if cell.difference is None or worst <= 0 or not math.isfinite(cell.difference.value):
+            return 0.0
+        return min(max(-cell.difference.value / worst, 0.0), 1.0)
+
+
+def crossings(folder: Path) -> Iterator[Crossed]:
+    """Every JSON file that lies in the folder itself and is a square; others are passed over."""
+    for file in sorted(folder.glob("*.json")):
+        if file.is_symlink() or not file.is_file() or file.stat().st_size > LARGEST:
+            continue
+        try:
+            read = parse(file)
+            if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
+                continue
+            gaps = read_as(Gaps, read["gaps"]) if read.get("gaps") is not None else None
+            yield Crossed(file.name, read_as(Square, read), gaps)
+        except UNREADABLE:
+            continue

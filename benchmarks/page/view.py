@@ -1,0 +1,352 @@
+"""What the page shows, as plain words and values: nothing is computed here that is not in the summary.
+
+Every number in a table stands twice: as it is read, rounded, and in full, by which it is sorted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..gaps import NAMES
+from ..report import count, seconds, state, style_of, with_error
+from . import figures
+from .changes import FALSE_ALARM, Changes
+from .commands import command
+from .crossings import Crossed
+from .posteriors import Drawn, drawn
+from .summary import LEVELS, Block, Entry, Group, Interval, budget_order
+from .verdicts import verdict
+
+STYLE = style_of(120, False)
+LADDERS = 2  # metrics that have a curve
+WORST_LISTED = 5
+
+
+def block_view(folder: Path, block: Block, environments: Environments) -> dict[str, Any]:
+    """Everything in the section of one problem and learner."""
+    of_draws = drawn(folder, block)
+    ladders = [picture for m in block.metrics[:LADDERS] if (picture := figures.error_against_cost(block, m))]
+    last = [groups[-1] for name in block.engines if (groups := [g for g in block.ladder(name) if g.done])]
+    of_keys = set(of_draws.keys.values())
+    shown = [group for group in block.groups if any(entry.key in of_keys for entry in group.entries)]
+    return {
+        "id": identity(block.problem, block.learner),
+        "title": title(block.problem, block.learner),
+        "verdict": verdict(block),
+        "truth": _truth(block),
+        "theta": _theta(block),
+        "metrics": block.metrics,
+        "budgets": block.budgets,
+        "rows": [_row(group, block.metrics) for group in block.groups],
+        "ladders": ladders,
+        "evidence": figures.evidence(block),
+        "commands": _commands(block.groups),
+        "last_commands": _commands(last),
+        "drawn_commands": _commands(shown, of_draws.seed),
+        "distributions": figures.distributions(of_draws),
+        "draws_words": _draws_words(of_draws),
+        "pairs": figures.pairs(of_draws),
+        "k_hats": figures.k_hats(of_draws.doubts),
+        "k_words": [f"{name}: {d.doubtful.words() or 'none is above'}" for name, d in of_draws.doubts.items()],
+        "images": figures.worst_images(of_draws.doubts),
+        "missing": of_draws.missing,
+        "diagnoses": [_diagnosis(group) for group in block.groups if group.done],
+        "failures": _failures(block),
+        "folds": [_fold(group, environments) for group in block.groups],
+    }
+
+
+def title(problem: str, learner: str) -> str:
+    return f"{problem}, theta by {learner}" if learner else problem
+
+
+def identity(*names: str) -> str:
+    """An anchor for these names, the same on every page."""
+    words = re.sub(r"[^a-z0-9]+", "-", "-".join(names).lower()).strip("-")[:40]
+    return f"m-{words}-{hashlib.sha256(json.dumps(names).encode()).hexdigest()[:8]}"
+
+
+class Environments:
+    """Machines and versions, each different one with a number."""
+
+    def __init__(self) -> None:
+        self.facts: list[dict[str, Any]] = []
+
+    def number(self, group: Group) -> int:
+        facts = {**group.machine, **group.versions}
+        if facts not in self.facts:
+            self.facts.append(facts)
+        return self.facts.index(facts) + 1
+
+    def view(self) -> list[dict[str, Any]]:
+        return [{"name": n, "facts": [(k, str(v)) for k, v in f.items()]} for n, f in enumerate(self.facts, 1)]
+
+
+# -- one engine at one budget -----------------------------------------------------------------------------------------
+
+
+def number(interval: Interval | None, text: str | None = None) -> dict[str, str]:
+    """A cell of a table: rounded, with its interval, and in full for sorting; empty where it is missing."""
+    if interval is None:
+        return {"text": "\u2013", "interval": "", "value": "", "more": ""}
+    spread = ""
+    if interval.low is not None and interval.high is not None and interval.high > interval.low:
+        spread = f"[{interval.low:.2g}, {interval.high:.2g}]"
+    value = "" if math.isnan(interval.mean) else repr(interval.mean).replace("inf", "Infinity")
+    return {"text": text or f"{interval.mean:.2g}", "interval": spread, "value": value, "more": ""}
+
+
+def _row(group: Group, metrics: list[str]) -> dict[str, Any]:
+    light, more = _light(group)
+    clock, calls = group.seconds(), group.calls()
+    order = budget_order(group)
+    return {
+        "engine": group.engine,
+        "budget": group.budget,
+        "budget_value": "" if order[0] == 2 else repr(order[1]),
+        "done": len(group.done),
+        "seeds": str(len(group.done)) if group.complete else f"{len(group.done)} of {len(group.entries)}",
+        "metrics": [_metric(group, metric) for metric in metrics],
+        "evidence": _evidence(group),
+        "light": light,
+        "light_more": more,
+        "light_value": LEVELS.index(light) if light in LEVELS else len(LEVELS),
+        "calls": number(calls, count(calls.mean) if calls else None),
+        "seconds": number(clock, seconds(clock.mean) if clock else None),
+    }
+
+
+def _metric(group: Group, metric: str) -> dict[str, Any]:
+    error, largest = group.error(metric), group.largest(metric)
+    text = f"< {group.reference_error(metric):.2g}" if group.at_reference_precision(metric) else None
+    cell = number(error, text)
+    more = f"max {largest[0]:.2g}" if largest else ""
+    return {**cell, "more": more, "best": metric in group.best}
+
+
+def _evidence(group: Group) -> dict[str, str]:
+    value, error, claimed = group.evidence(), group.evidence_error(), group.claimed()
+    if value is None or claimed is None:
+        return number(None)
+    sign = {"lower bound": "\u2265 ", "upper bound": "\u2264 "}.get(group.evidence_kind(), "")
+    cell = number(value, sign + with_error(value.mean, claimed, STYLE))
+    more = ""
+    if error is not None:
+        of_seeds = number(error)
+        sign = "+" if error.mean >= 0 else "\u2212"
+        more = f"truth {sign} {abs(error.mean):.2g} {of_seeds['interval']}".strip()
+    return {**cell, "interval": "", "more": more}
+
+
+def _light(group: Group) -> tuple[str, str]:
+    """The worst word, and how many seeds have which where they differ."""
+    if not group.done:
+        return "failed", state(group.entries[0].state)
+    levels = [entry.level for entry in group.done]
+    mixed = len(set(levels)) > 1
+    return group.level(), ", ".join(f"{levels.count(w)} {w}" for w in LEVELS if w in levels) if mixed else ""
+
+
+def _diagnosis(group: Group) -> dict[str, Any]:
+    def badness(entry: Entry) -> int:
+        return LEVELS.index(entry.level) if entry.level in LEVELS else 0
+
+    worst = max(group.done, key=badness)
+    return {
+        "engine": group.engine,
+        "budget": group.budget,
+        "light": group.level(),
+        "words": worst.verdict or "no diagnostics",
+        "notes": worst.notes,
+    }
+
+
+def _fold(group: Group, environments: Environments) -> dict[str, Any]:
+    return {
+        "title": f"{group.engine}, {group.budget}",
+        "seeds": ", ".join(str(entry.seed) for entry in group.entries),
+        "model_settings": _settings(group.cell.model_settings),
+        "settings": _settings(group.settings) or "none",
+        "keys": " ".join(entry.key for entry in group.entries),
+        "environment": environments.number(group),
+        "command": command(group.cell, group.settings),
+    }
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
+
+
+def _commands(groups: list[Group], seed: int | None = None) -> str:
+    """One line for each engine and budget, of its first seed; the others differ in the seed alone."""
+    if not groups:
+        return ""
+    seeds = sorted({entry.seed for group in groups for entry in group.entries})
+    others = f"# of one seed; the others: {', '.join(map(str, seeds[1:]))}\n" if seed is None and len(seeds) > 1 else ""
+    return others + "\n".join(command(group.cell, group.settings) for group in groups)
+
+
+# -- one problem ------------------------------------------------------------------------------------------------------
+
+
+def _truth(block: Block) -> str:
+    if block.theta.reference == "none":
+        return f"The truth is not known. {block.theta.provenance}".strip()
+    known = f"The truth: {block.theta.reference} ({block.theta.provenance})."
+    evidence = block.theta.log_evidence
+    if evidence is None:
+        return known
+    return f"{known} Its log evidence is {with_error(evidence.value, evidence.std_error, STYLE)} nats per datum" + (
+        " at the first theta." if block.learner else "."
+    )
+
+
+def _theta(block: Block) -> str:
+    """How well the learned theta predicts, and what learning cost."""
+    if not block.learner:
+        return ""
+    held_out = Interval.of(block.held_out.values())
+    calls = Interval.of((calls for calls, _ in block.learning.values()), 0.0)
+    clock = Interval.of((clock for _, clock in block.learning.values()), 0.0)
+    words = [f"Theta learned by {block.learner}"]
+    words += (
+        [f"for {count(calls.mean)} calls and {seconds(clock.mean)} s beside those below"] if calls and clock else []
+    )
+    if held_out is not None:
+        cell = number(held_out, f"{held_out.mean:.5g}")
+        words += [f"held-out log p(x) {cell['text']} {cell['interval']}".rstrip() + " nats per datum"]
+    return ", ".join(words) + "."
+
+
+def _draws_words(of_draws: Drawn) -> str:
+    exact = any(panel.truth is not None for panel in of_draws.panels)
+    truth = "thick black: the truth" if exact else "black line and grey band: the truth's mean and sd"
+    truth = truth if exact or any(panel.moments for panel in of_draws.panels) else "the truth is not known"
+    return (
+        "Weighted distribution functions P(z \u2264 x) of single latents, first those at which an engine is furthest "
+        f"out; {truth}. Seed {of_draws.seed}, the largest budget of each engine."
+    )
+
+
+def _failures(block: Block) -> list[dict[str, Any]]:
+    """The same engine with the same reason is one line."""
+    found: dict[tuple[str, str, str], list[str]] = {}
+    for group in block.groups:
+        for entry in group.entries:
+            if not entry.done:
+                found.setdefault((group.engine, entry.state, entry.reason), []).append(group.budget)
+    return [
+        {
+            "engine": engine,
+            "what": state(what),
+            "reason": reason or "no reason was recorded",
+            "count": len(budgets),
+            "budgets": ", ".join(dict.fromkeys(budgets)),
+        }
+        for (engine, what, reason), budgets in sorted(found.items())
+    ]
+
+
+# -- beside the problems ----------------------------------------------------------------------------------------------
+
+
+def crossing_view(crossed: Crossed) -> dict[str, Any]:
+    """The heat map of one square, and its gaps."""
+    square = crossed.square
+    rows, reasons = [], []
+    for learner in square.learners:
+        cells = []
+        for name in square.evaluators:
+            cell = next((c for c in square.cells if (c.learner, c.evaluator) == (learner.learner, name)), None)
+            if cell is None or cell.value is None or cell.std_error is None:
+                words = state(cell.status.state) if cell else "not run"
+                cells.append({"text": "\u2013", "value": "", "shade": 0, "more": words, "words": ""})
+                if cell is not None and cell.status.reason:
+                    reasons.append(f"{learner.learner} by {name}: {cell.status.reason}")
+                continue
+            sign = {"lower bound": "\u2265 ", "upper bound": "\u2264 "}.get(cell.kind, "")
+            d = cell.difference
+            best = d is not None and d.to == cell.learner
+            more = "best" if best else f"{d.value:.3g} \u00b1 {d.data_error or d.std_error:.2g}" if d else ""
+            cells.append({
+                "text": sign + with_error(cell.value, cell.std_error, STYLE),
+                "value": repr(cell.value),
+                "shade": f"{0.32 * crossed.shade(cell):.3f}",
+                "more": more,
+                "words": "" if cell.level == "good" else cell.level,
+            })  # fmt: skip
+        rows.append({"learner": learner.learner, "cells": cells})
+    gaps = crossed.gaps
+    with_gaps = (
+        [(row.learner, {k: {"value": g.value} for k, g in row.gaps.items()}) for row in gaps.rows] if gaps else []
+    )
+    return {
+        "id": identity("square", crossed.file),
+        "title": f"{square.problem.get('name', crossed.file)}, {square.judged} data",
+        "evaluators": square.evaluators,
+        "rows": rows,
+        "reasons": reasons,
+        "command": square.command,
+        "gaps": figures.gaps(with_gaps),
+        "gap_names": NAMES,
+        "gap_words": f"{gaps.evaluator}, family {gaps.family}, {gaps.judged} data." if gaps else "",
+        "gap_rows": [
+            {
+                "learner": row.learner,
+                "gaps": [
+                    with_error(g.value, g.std_error, STYLE) if (g := row.gaps.get(name)) else "\u2013" for name in NAMES
+                ],
+                "light": row.level if row.status.done else "failed",
+                "notes": "; ".join(filter(None, (row.status.reason, *row.notes))),
+            }
+            for row in gaps.rows
+        ]
+        if gaps
+        else [],
+    }
+
+
+def changes_view(found: Changes, against: str) -> dict[str, Any]:
+    words = (
+        f"{len(found.changed)} of {found.compared} figures changed beyond their error (Welch's test over seeds, "
+        f"Bonferroni: where nothing changed a page says so with {1 - FALSE_ALARM:.0%})."
+    )
+    if found.untold:
+        words += f" {found.untold} more have one seed on a side, which tells nothing."
+    if found.other_machine:
+        words += " The machines differ, so a change of seconds may be theirs."
+    rows = []
+    for change in found.changed:
+        before, after = change.before.mean, change.after.mean
+        ratio = after / before if before > 0 and after > 0 else None
+        rows.append({
+            "model": title(change.problem, change.learner),
+            "engine": change.engine,
+            "budget": change.budget,
+            "figure": change.figure,
+            "before": number(change.before, f"{before:.4g}"),
+            "after": number(change.after, f"{after:.4g}"),
+            "ratio": f"\u00d7 {ratio:.2f}" if ratio else "\u2013",
+            "ratio_value": repr(ratio) if ratio else "",
+            "z": f"{change.z:+.1f}" if math.isfinite(change.z) else ("+\u221e" if change.z > 0 else "\u2212\u221e"),
+            "z_value": repr(change.z).replace("inf", "Infinity"),
+        })  # fmt: skip
+    ended = [f"{_name(e.problem, e.learner, e.engine, e.budget)}: {e.before}; now {e.after}" for e in found.ended]
+    return {
+        "against": against,
+        "words": words,
+        "rows": rows,
+        "ended": ended,
+        "new": [_name(*name) for name in found.new],
+        "gone": [_name(*name) for name in found.gone],
+    }
+
+
+def _name(problem: str, learner: str, engine: str, budget: str) -> str:
+    return f"{title(problem, learner)}: {engine} ({budget})"
