@@ -41,7 +41,7 @@ def crossings(folder: Path) -> Iterator[Crossed]:
         if file.is_symlink() or not file.is_file() or file.stat().st_size > LARGEST:
             continue
         try:
-            read = parse(file)
+            read = parse(file.read_text(encoding="utf-8"))
             if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
                 continue
             gaps = read_as(Gaps, read["gaps"]) if read.get("gaps") is not None else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ from .posteriors import Doubts, Drawn, Pair, Panel, name_of
 from .summary import Block, Group, Interval
 
 INK, QUIET, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
+TINY = 1e-6  # errors below it are of the machine: they stand on the lower edge
 LONGEST = 40  # characters of a name in a figure; the page has it whole
-RC = {
+RC: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "none",
     "svg.hashsalt": "pyrometer",
@@ -62,7 +64,9 @@ class Picture:
 
 @contextmanager
 def _figure(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
-    with mpl.rc_context(RC):
+    with mpl.rc_context(RC), warnings.catch_warnings():
+        # names may have letters that this font has not, and too many engines may leave an axis no room
+        warnings.simplefilter("ignore", UserWarning)
         figure = Figure(figsize=(width, height), layout="constrained")
         axes = figure.subplots(rows, columns, squeeze=False)
         yield figure, list(axes.flat)
@@ -90,7 +94,7 @@ def _picture(figure: Figure, content: bytes, kind: str, alt: str) -> Picture:
     return Picture(uri, alt, round(96 * width), round(96 * height))
 
 
-def short(name: str) -> str:
+def shortened(name: str) -> str:
     return name if len(name) <= LONGEST else name[: LONGEST - 1] + "\u2026"
 
 
@@ -102,55 +106,58 @@ def error_against_cost(block: Block, metric: str) -> Picture | None:
     points = [g for g in block.groups if (e := g.error(metric)) is not None and math.isfinite(e.mean) and e.mean > 0]
     if not points:
         return None
-    floor = max(group.reference_error(metric) for group in points)
+    floor, low = max(group.reference_error(metric) for group in points), _lowest(points, metric)
     with _figure(1, 2, 9.2, 3.5) as (figure, (of_calls, of_seconds)):
         for axes, cost, name in (
             (of_calls, Group.calls, "calls of the density"),
             (of_seconds, Group.seconds, "seconds"),
         ):
             for engine in block.engines:
-                _ladder(axes, [group for group in points if group.engine == engine], metric, cost)
+                _ladder(axes, [group for group in points if group.engine == engine], metric, cost, low)
+            axes.set_ylim(low, 1.6 * max(e.upper for g in points if (e := g.error(metric)) is not None))
             _log(axes, name)
-            _limits(axes, [e for g in points if (e := g.error(metric)) is not None])
-            if floor > 0:
-                axes.axhspan(axes.get_ylim()[0], max(floor, axes.get_ylim()[0]), color=GRID, lw=0, zorder=0)
-        of_calls.set_title(metric)
+            if floor > low:
+                axes.axhspan(low, floor, color=GRID, lw=0, zorder=0)
+        below = any(e.mean < low for g in points if (e := g.error(metric)) is not None)
+        of_calls.set_title(f"{metric} (on the lower edge: below it)" if below else metric)
         return _svg(figure, _words_of_ladders(block, metric, floor))
 
 
-def _ladder(axes: Axes, groups: Sequence[Group], metric: str, cost: Callable[[Group], Interval | None]) -> None:
+def _ladder(
+    axes: Axes, groups: Sequence[Group], metric: str, cost: Callable[[Group], Interval | None], low: float
+) -> None:
     found = [(c, e) for g in groups if (c := cost(g)) and (e := g.error(metric)) and c.mean > 0]
     found.sort(key=lambda pair: pair[0].mean)
     if not found:
         return
     style = mark(groups[0].engine)
-    x, y = [c.mean for c, _ in found], [e.mean for _, e in found]
-    below = [e.mean - (e.lower if e.lower > 0 else e.mean * 1e-3) for _, e in found]
-    above = [e.upper - e.mean for _, e in found]
-    axes.errorbar(
+    x, y = [c.mean for c, _ in found], [max(e.mean, low) for _, e in found]
+    seen = [e.mean >= low for _, e in found]
+    below = [(e.mean - max(e.lower, 1e-3 * e.mean)) * s for (_, e), s in zip(found, seen, strict=True)]
+    above = [(e.upper - e.mean) * s for (_, e), s in zip(found, seen, strict=True)]
+    line, *_ = axes.errorbar(
         x, y, yerr=[below, above], color=style.colour, marker=style.marker, linestyle=style.line, markersize=6, lw=1.6,
         elinewidth=1, markeredgecolor="white", markeredgewidth=0.6,
     )  # fmt: skip
+    line.set_clip_on(False)  # a marker on the edge is whole; a bar that goes beyond it is cut
 
 
-def _limits(axes: Axes, errors: Sequence[Interval]) -> None:
-    """By means and upper ends, so that an interval which reaches zero does not squeeze all else."""
-    high = max(e.upper if math.isfinite(e.upper) else e.mean for e in errors)
-    low = min(e.mean for e in errors)
-    axes.set_ylim(low / 2.5, high * 1.6)
+def _lowest(groups: Sequence[Group], metric: str) -> float:
+    """The lower edge: by the means, so that an interval which reaches zero does not squeeze all else, and not by
+    rounding."""
+    means = [e.mean for g in groups if (e := g.error(metric))]
+    return min((mean for mean in means if mean > TINY), default=min(means)) / 2.5
 
 
 def _log(axes: Axes, name: str) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(numticks=7))
+    for axis, (low, high) in ((axes.xaxis, axes.get_xlim()), (axes.yaxis, axes.get_ylim())):
+        # under two decades the powers of ten are too few to read a value by
+        between = (1.0, 2.0, 5.0) if high / low < 20 else (1.0, 3.0) if high / low < 300 else (1.0,)
+        axis.set_major_locator(LogLocator(subs=between, numticks=9))
         axis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
         axis.set_minor_formatter(NullFormatter())
-    low, high = axes.get_xlim()
-    if high / low < 12:  # less than a decade has one tick or none: say the ends as well
-        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 5), numticks=7))
-        axes.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.set_xlabel(name)
     axes.grid(color=GRID, lw=0.8)
     axes.tick_params(length=0, which="both")
@@ -191,7 +198,7 @@ def evidence(block: Block) -> Picture | None:
             words.append(_evidence_row(axes, place, name, group, value))
         if relative:
             axes.axvline(0.0, color=INK, lw=1.2)
-        axes.set_yticks(range(len(shown)), [short(name) for name in shown], color=INK)
+        axes.set_yticks(range(len(shown)), [shortened(name) for name in shown], color=INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel("log p(x) less the truth, nats per datum" if relative else "log p(x), nats per datum")
@@ -249,8 +256,10 @@ def _distribution(axes: Axes, panel: Panel) -> None:
         spans.append((mean - 3 * sd, mean + 3 * sd))
     for engine, curve in panel.curves.items():
         style = mark(engine)
-        axes.step(curve.x, curve.p, where="post", color=style.colour, linestyle=style.line, lw=1.5)
-        inner = [float(curve.x[min(np.searchsorted(curve.p, q), len(curve.x) - 1)]) for q in (0.01, 0.99)]
+        far = 1e3 * (curve.x[-1] - curve.x[0] + 1.0)  # 0 before the first draw and 1 after the last, to the edges
+        x, p = (curve.x[0] - far, *curve.x, curve.x[-1] + far), (0.0, *curve.p, 1.0)
+        axes.step(x, p, where="post", color=style.colour, linestyle=style.line, lw=1.5)
+        inner = [float(curve.x[min(int(np.searchsorted(curve.p, q)), len(curve.x) - 1)]) for q in (0.02, 0.98)]
         spans.append((inner[0], inner[1]))
     low, high = min(low for low, _ in spans), max(high for _, high in spans)
     margin = 0.04 * (high - low) or 0.5
@@ -258,7 +267,7 @@ def _distribution(axes: Axes, panel: Panel) -> None:
     axes.set_ylim(0, 1)
     axes.set_yticks([0, 0.5, 1], ["0", "\u00bd", "1"])
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.set_title(short(panel.name))
+    axes.set_title(shortened(panel.name))
     axes.grid(color=GRID, lw=0.8)
     axes.tick_params(length=0)
 
@@ -288,12 +297,12 @@ def pairs(drawn: Drawn) -> Picture | None:
         for (engine, cloud), place in zip(pair.clouds.items(), axes, strict=False):
             style = mark(engine)
             if pair.truth is not None:
-                place.scatter(*pair.truth.T, s=5, color="#b5b5b5", lw=0)
-            place.scatter(*cloud.T, s=7, color=style.colour, lw=0, alpha=0.6)
+                place.scatter(pair.truth[:, 0], pair.truth[:, 1], s=5, color="#b5b5b5", lw=0)
+            place.scatter(cloud[:, 0], cloud[:, 1], s=7, color=style.colour, lw=0, alpha=0.6)
             if pair.moments is not None:
                 (x, x_sd), (y, y_sd) = pair.moments
                 place.errorbar([x], [y], xerr=[2 * x_sd], yerr=[2 * y_sd], color="black", lw=1.6)
-            place.set_title(short(engine))
+            place.set_title(shortened(engine))
             place.set_xlim(low[0], high[0])
             place.set_ylim(low[1], high[1])
             place.xaxis.set_major_locator(MaxNLocator(3))
@@ -302,8 +311,8 @@ def pairs(drawn: Drawn) -> Picture | None:
         for place in axes[len(pair.clouds) :]:
             place.set_axis_off()
         names = [name_of(place) for place in pair.places]
-        figure.supxlabel(short(names[0]), size=10)
-        figure.supylabel(short(names[1]), size=10)
+        figure.supxlabel(shortened(names[0]), size=10)
+        figure.supylabel(shortened(names[1]), size=10)
         words = [f"{engine} {_correlation(cloud)}" for engine, cloud in pair.clouds.items()]
         known = f"the truth {_correlation(pair.truth)}; " if pair.truth is not None else ""
         return _png(figure, f"{names[1]} against {names[0]}. Correlations: {known}{', '.join(words)}.")
@@ -343,11 +352,12 @@ def k_hats(doubts: Mapping[str, Doubts]) -> Picture | None:
             if len(known):
                 share = 100 * (np.arange(len(known)) + 0.5) / len(known)
                 axes.plot(share, known, color=style.colour, linestyle=style.line, lw=1.6)
-            axes.axhline(doubt.doubtful.threshold, color=INK, lw=1, ls=(0, (4, 3)))
+            axes.axhline(doubt.doubtful.threshold, color=style.colour, lw=1, ls=(0, (4, 3)))
             words.append(f"{engine}: {doubt.doubtful.words(3) or 'none above'}")
         axes.set_xlabel("% of the data, the worst first")
-        axes.set_title("k-hat of each datum; dashed: above it the weights are not reliable")
+        axes.set_title("k-hat of each datum; dashed, in each colour: above it the weights are not reliable")
         axes.set_xlim(0, 100)
+        axes.set_ylim(bottom=max(axes.get_ylim()[0], -0.5))  # lighter tails than that are all the same
         axes.grid(color=GRID, lw=0.8)
         axes.tick_params(length=0)
         return _svg(figure, f"k-hat of each datum. {'; '.join(words)}.")
@@ -369,7 +379,7 @@ def worst_images(doubts: Mapping[str, Doubts]) -> Picture | None:
                 place.imshow(image, cmap="gray_r")
                 place.set_title(f"{index}: {hats[index]:.2f}", size=8)
             axes[row * columns].text(
-                0, 1.42, short(engine), transform=axes[row * columns].transAxes, size=9, weight="bold"
+                0, 1.42, shortened(engine), transform=axes[row * columns].transAxes, size=9, weight="bold"
             )
         words = "; ".join(f"{engine}: {', '.join(map(str, doubt.images))}" for engine, doubt in rows.items())
         return _png(figure, f"The data of largest k-hat as images, by index and k-hat. {words}.")
@@ -399,7 +409,7 @@ def gaps(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> Picture | None:
                 height=0.62,
             )
             left += width
-        axes.set_yticks(range(len(usable)), [short(name) for name, _ in usable], color=INK)
+        axes.set_yticks(range(len(usable)), [shortened(name) for name, _ in usable], color=INK)
         axes.invert_yaxis()
         axes.set_xlabel("nats per datum that the ELBO is below the best model found")
         axes.legend(frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0, 1))

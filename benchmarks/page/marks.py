@@ -20,7 +20,7 @@ MARKERS = {  # matplotlib's name -> the same shape as an SVG path around 0 0, 5 
     "X": "M-5 -2.7L-2.7 -5L0 -2.3L2.7 -5L5 -2.7L2.3 0L5 2.7L2.7 5L0 2.3L-2.7 5L-5 2.7L-2.3 0z",
 }
 DASHES = {"-": "", "--": "5 3", ":": "1.5 2.5", "-.": "6 2.5 1.5 2.5"}
-SALT = "97565"  # found by trial: with it the engines that came first have colours of their own
+SALT = "98055"  # found by trial: with it the engines that came first have colours of their own
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -255,9 +256,15 @@ def _images(problem: Problem | None, indices: Iterable[int], data: int) -> dict[
 
 def _scalar(posterior: Posterior, site: str, index: Index, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """All draws of one scalar over chains, and their normalised weights."""
-    values = posterior.draws[site][(slice(None), slice(None), *index)].double().flatten()
-    weights = posterior.weights()[(slice(None), slice(None), *index[:batch])].flatten()
+    values = _entries(posterior.draws[site], 2, index).double().flatten()
+    weights = _entries(posterior.weights(), 2, index[:batch]).flatten()
     return values.numpy(), weights.numpy()
+
+
+def _entries(values: Tensor, kept: int, index: Index) -> Tensor:
+    """values[:, ..., *index]: the first dimensions whole, of the others one entry."""
+    place: tuple[Any, ...] = (*[slice(None)] * kept, *index)
+    return values[place]
 
 
 def curve(values: np.ndarray, weights: np.ndarray) -> Curve:
@@ -281,7 +288,7 @@ def _panel_truth(panel: Panel, truth: Reference, batch: int) -> None:
     if found is not None:
         panel.truth = curve(*found)
     elif truth.log_weights is not None and panel.site in truth.mean and len(panel.index) == truth.log_weights.dim() - 1:
-        p = torch.softmax(truth.log_weights.double(), 0)[(slice(None), *panel.index)]
+        p = _entries(torch.softmax(truth.log_weights.double(), 0), 1, panel.index)
         panel.truth = Curve(np.arange(len(p), dtype=float), p.cumsum(0).numpy())
     elif panel.site in truth.mean and panel.site in truth.sd:
         panel.moments = (_at(truth.mean, place), _at(truth.sd, place))
@@ -303,12 +310,12 @@ def _reference_scalar(truth: Reference, site: str, index: Index, batch: int) -> 
     draws: Mapping[str, Tensor] = getattr(truth, "draws", None) or {}
     if site not in draws or draws[site].dim() != 1 + len(index):
         return None
-    values = draws[site][(slice(None), *index)].double().numpy()
+    values = _entries(draws[site], 1, index).double().numpy()
     log_weights: Tensor | None = getattr(truth, "draw_log_weights", None)
     if log_weights is None:
         return values, np.full(len(values), 1 / len(values))
     if log_weights.dim() > 1:
-        log_weights = log_weights[(slice(None), *index[: log_weights.dim() - 1])]
+        log_weights = _entries(log_weights, 1, index[: log_weights.dim() - 1])
     return values, torch.softmax(log_weights.double(), 0).numpy()
 
 

@@ -1,7 +1,8 @@
 """From a folder of runs to records, one at a time, and from a record to its draws. Nothing here executes what it reads.
 
-A cell lies in `<key>/record.json`, its draws in `<key>/draws.nc`. Only folders whose name is a key (hexadecimal) are
-looked into, links are not followed, and no name that stands inside a record is ever used as a path.
+A cell lies in `<key>/record.json`, whose first line is the digest of all that follows, and its draws in
+`<key>/draws.nc`. Only folders whose name is a key (hexadecimal) are looked into, links are not followed, and no name
+that stands inside a record is ever used as a path.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pyrometer.inference import Posterior
 
 from ..cell import Record
 
+OPENING = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
 KEY = re.compile(r"[0-9a-f]{8,64}")
 UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, OSError)  # what a damaged file can raise
 # Control characters, halves of pairs, and those that turn the direction of what follows: not text, and no XML.
@@ -34,7 +36,11 @@ def records(folder: Path, unreadable: dict[str, str] | None = None) -> Iterator[
         if not KEY.fullmatch(place.name) or place.is_symlink() or not file.is_file() or file.is_symlink():
             continue
         try:
-            record = read_as(Record, parse(file))
+            content = file.read_bytes()
+            opening = OPENING.match(content)
+            if opening is None or hashlib.sha256(content[opening.end() :]).hexdigest().encode() != opening[1]:
+                raise ValueError("not a record, or cut or changed since it was written")
+            record = read_as(Record, parse(content.decode()))
             if record.key != place.name:
                 raise ValueError(f"the record is of cell {record.key[:64]!r}")
         except UNREADABLE as error:
@@ -55,13 +61,13 @@ def draws_of(folder: Path, key: str, digest: str) -> Posterior:
     return Posterior.load(file)
 
 
-def parse(file: Path) -> Any:
+def parse(text: str) -> Any:
     """Strict JSON, with what is no text in its strings replaced. Raises one of UNREADABLE."""
 
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    return _as_text(json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse))
+    return _as_text(json.loads(text, parse_constant=refuse))
 
 
 def _as_text(value: Any) -> Any:

@@ -9,18 +9,30 @@ truth. Records are taken one at a time, and of each only its numbers are kept.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from sys import intern
 from typing import Any
 
+from .. import metrics
 from ..cell import Cell, Record
 from ..comparison import PerDatum, Theta
 from ..metrics import METRICS, Score
 
 LEVEL = 0.95
 LEVELS = ("good", "caution", "unknown", "bad")  # from the best to the worst
+
+
+def better(metric: str) -> str:
+    """'lower', 'higher', or '' where neither is better or this installation does not know the metric."""
+    known: Mapping[str, str] = getattr(metrics, "BETTER", dict.fromkeys(METRICS, "lower"))
+    return known.get(metric, "")
+
+
+def in_table(metric: str) -> bool:
+    """Whether it has a column in the first table; the others stand in one of their own."""
+    return metric in METRICS and metric not in getattr(metrics, "MORE", ())
 
 
 @cache
@@ -40,8 +52,8 @@ class Interval:
     n: int
 
     @classmethod
-    def of(cls, values: Iterable[float], least: float = -math.inf) -> Interval | None:
-        """`least` is the smallest possible value, 0 for an error. None for no values."""
+    def of(cls, values: Iterable[float]) -> Interval | None:
+        """None for no values. Where none is negative, nor is the interval."""
         found = list(values)
         if not found:
             return None
@@ -50,7 +62,8 @@ class Interval:
             return cls(mean, None, None, len(found))
         spread = math.sqrt(math.fsum((v - mean) ** 2 for v in found) / (len(found) - 1) / len(found))
         half = t_quantile(len(found) - 1) * spread
-        return cls(mean, max(mean - half, least), mean + half, len(found))
+        low = mean - half if min(found) < 0 else max(mean - half, 0.0)
+        return cls(mean, low, mean + half, len(found))
 
     @property
     def upper(self) -> float:
@@ -125,12 +138,13 @@ class Group:
 
     def error(self, metric: str) -> Interval | None:
         """The average error over all latents and data."""
-        return Interval.of((e.errors[metric].average for e in self.done if metric in e.errors), 0.0)
+        return Interval.of(e.errors[metric].average for e in self.done if metric in e.errors)
 
     def largest(self, metric: str) -> tuple[float, str] | None:
-        """The largest error of any latent at any seed, and where."""
+        """The worst of any latent at any seed, and where: the largest, or the smallest where more is better."""
         scores = [e.errors[metric] for e in self.done if metric in e.errors]
-        worst = max(scores, key=lambda s: math.inf if math.isnan(s.largest) else s.largest, default=None)
+        sign = -1.0 if better(metric) == "higher" else 1.0
+        worst = max(scores, key=lambda s: math.inf if math.isnan(s.largest) else sign * s.largest, default=None)
         return None if worst is None else (worst.largest, worst.where)
 
     def reference_error(self, metric: str) -> float:
@@ -142,10 +156,10 @@ class Group:
         return error is not None and known_to > 0 and error.mean <= known_to
 
     def calls(self) -> Interval | None:
-        return Interval.of((e.calls for e in self.done), 0.0)
+        return Interval.of(e.calls for e in self.done)
 
     def seconds(self) -> Interval | None:
-        return Interval.of((e.seconds for e in self.done), 0.0)
+        return Interval.of(e.seconds for e in self.done)
 
     def evidence(self) -> Interval | None:
         return Interval.of(e.evidence.value for e in self.done if e.evidence)
@@ -286,15 +300,20 @@ def budget_order(group: Group) -> tuple[int, float]:
 
 
 def _mark_best(block: Block, metric: str) -> None:
-    """Best at its budget is an engine whose interval ends below where every other's begins, at all of its seeds; and
-    the others must be worse than the truth's own error, or the truth cannot tell them apart."""
+    """Best at its budget is an engine whose interval lies beyond every other's, at all of its seeds; and the others
+    must be worse than the truth's own error, or the truth cannot tell them apart."""
+    if not better(metric):
+        return
+    more = better(metric) == "higher"
     for budget in block.budgets:
         rivals = [(g, e) for g in block.groups if g.budget == budget and (e := g.error(metric)) is not None]
-        comparable = [(g, e) for g, e in rivals if not math.isnan(e.mean)]
-        if len(comparable) < 2:
+        rivals = [(g, e) for g, e in rivals if not math.isnan(e.mean)]
+        if len(rivals) < 2:
             continue
-        first, error = min(comparable, key=lambda pair: pair[1].mean)
-        others: Sequence[float] = [e.lower for g, e in comparable if g is not first]
+        first, error = (max if more else min)(rivals, key=lambda pair: pair[1].mean)
+        if error.high is None or not first.complete:
+            continue
+        others = [e for g, e in rivals if g is not first]
         limit = max(error.upper, first.reference_error(metric))
-        if error.high is not None and first.complete and all(limit < lower for lower in others):
+        if all(e.upper < error.lower if more else limit < e.lower for e in others):
             first.best.add(metric)

@@ -15,6 +15,7 @@ from .summary import Block, Group, Interval
 
 JUDGED = ("error of means", "error of sds", "total variation")  # where they are known
 ENOUGH = 0.1  # a tenth of an error bar; of total variation, a tenth of all probability
+ROUNDING = 1e-9  # below it a number is that of the machine
 WRONG = 1.0  # a latent this far out, in true sds, is named
 
 UNITS = {"error of means": " sd", "error of sds": " sd"}
@@ -52,16 +53,17 @@ def is_accurate(group: Group, judged: Sequence[str]) -> bool:
 
 def _trust(block: Block, accurate: list[Group], judged: list[str]) -> list[str]:
     first = _cheapest(accurate, Group.calls)
-    others = len({group.engine for group in accurate}) - 1
-    engines = len(block.engines)
-    rank = "the only one" if not others else f"the cheapest of the {others + 1}"
-    of = f"of {engines} engines " if engines > 1 else ""
-    sentences = [
-        f"Trust {first.engine} at {_cost(first)}: {_errors(first, judged)}. Counted in calls it is {rank} {of}accurate "
-        f"to {ENOUGH:g} {'sd' if 'total variation' not in judged else 'of the unit'} ({_seeds(first)})."
-    ]
+    able, engines = len({group.engine for group in accurate}), len(block.engines)
+    rank = (
+        f"It is the cheapest in calls of the {able} engines (of {engines}) that are accurate to {ENOUGH:g}"
+        if able > 1
+        else f"No other of the {engines} engines is accurate to {ENOUGH:g}"
+    )
+    sentences = [f"Trust {first.engine} at {_cost(first)}: {_errors(first, judged)} ({_seeds(first)})."]
+    sentences += [f"{rank}."] if engines > 1 else []
     quick = _cheapest(accurate, Group.seconds)
-    if quick.engine != first.engine:
+    clocks = quick.seconds(), first.seconds()
+    if quick.engine != first.engine and clocks[0] and clocks[1] and clocks[0].upper < clocks[1].lower:
         sentences.append(f"On the clock {quick.engine} is the quickest of them: {_cost(quick)}.")
     for metric in judged:
         largest = first.largest(metric)
@@ -112,8 +114,13 @@ def _false_good(ranked: list[Group], judged: list[str]) -> list[str]:
 
 
 def _absent(block: Block) -> list[str]:
+    """Engines that never answered, by how they ended."""
     silent = [name for name in block.engines if not any(group.done for group in block.ladder(name))]
-    return [f"Without an answer: {_and(silent)}; the reasons are below."] if silent else []
+    ends = {name: {entry.state for group in block.ladder(name) for entry in group.entries} for name in silent}
+    refused = [name for name in silent if ends[name] == {"unsupported"}]
+    failed = [name for name in silent if name not in refused]
+    words = [f"Cannot run here: {_and(refused)}; the reasons are below."] if refused else []
+    return words + ([f"Never came to an answer: {_and(failed)}; the reasons are below."] if failed else [])
 
 
 def _agreement(block: Block) -> str:
@@ -142,7 +149,12 @@ def _cheapest(groups: list[Group], cost: Callable[[Group], Interval | None]) -> 
 def _cost(group: Group) -> str:
     calls, clock = group.calls(), group.seconds()
     words = f"{count(calls.mean)} calls" if calls else "unknown cost"
-    return words + (f" ({seconds(clock.mean)} s)" if clock else "")
+    return words + (f" ({time(clock.mean)})" if clock else "")
+
+
+def time(value: float) -> str:
+    """'0.31 s', '2.5 ms'."""
+    return f"{seconds(value)} s" if value >= 0.1 else f"{1e3 * value:.2g} ms"
 
 
 def _errors(group: Group, judged: Sequence[str]) -> str:
@@ -154,11 +166,20 @@ def _errors(group: Group, judged: Sequence[str]) -> str:
     return ", ".join(words)
 
 
-def with_interval(interval: Interval, digits: int = 2) -> str:
-    text = f"{interval.mean:.{digits}g}"
-    if interval.low is None or interval.high is None:
-        return text
-    return f"{text} [{interval.low:.{digits}g}, {interval.high:.{digits}g}]"
+def short(value: float) -> str:
+    """Two digits; what is rounding is said to be no more than that."""
+    return f"{value:.2g}" if not abs(value) < ROUNDING else "0" if value == 0 else f"< {ROUNDING:g}"
+
+
+def ends(interval: Interval) -> str:
+    """'[0.01, 0.02]'; '' where there is no interval, or none that could be seen."""
+    if interval.low is None or interval.high is None or not interval.high - interval.low > ROUNDING:
+        return ""
+    return f"[{interval.low:.2g}, {interval.high:.2g}]"
+
+
+def with_interval(interval: Interval) -> str:
+    return f"{short(interval.mean)} {ends(interval)}".rstrip()
 
 
 def _seeds(group: Group) -> str:

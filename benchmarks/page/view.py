@@ -20,8 +20,8 @@ from .changes import FALSE_ALARM, Changes
 from .commands import command
 from .crossings import Crossed
 from .posteriors import Drawn, drawn
-from .summary import LEVELS, Block, Entry, Group, Interval, budget_order
-from .verdicts import verdict
+from .summary import LEVELS, Block, Entry, Group, Interval, budget_order, in_table
+from .verdicts import ends, short, time, verdict
 
 STYLE = style_of(120, False)
 LADDERS = 2  # metrics that have a curve
@@ -31,6 +31,8 @@ WORST_LISTED = 5
 def block_view(folder: Path, block: Block, environments: Environments) -> dict[str, Any]:
     """Everything in the section of one problem and learner."""
     of_draws = drawn(folder, block)
+    shown_metrics = [metric for metric in block.metrics if in_table(metric)]
+    more = [metric for metric in block.metrics if not in_table(metric)]
     ladders = [picture for m in block.metrics[:LADDERS] if (picture := figures.error_against_cost(block, m))]
     last = [groups[-1] for name in block.engines if (groups := [g for g in block.ladder(name) if g.done])]
     of_keys = set(of_draws.keys.values())
@@ -41,14 +43,19 @@ def block_view(folder: Path, block: Block, environments: Environments) -> dict[s
         "verdict": verdict(block),
         "truth": _truth(block),
         "theta": _theta(block),
-        "metrics": block.metrics,
+        "metrics": shown_metrics,
+        "more_metrics": more,
+        "more_rows": [
+            {"engine": g.engine, "budget": g.budget, "metrics": [_metric(g, m) for m in more]} for g in block.groups
+        ],
         "budgets": block.budgets,
-        "rows": [_row(group, block.metrics) for group in block.groups],
+        "engines": block.engines,
+        "rows": [_row(group, shown_metrics) for group in block.groups],
         "ladders": ladders,
         "evidence": figures.evidence(block),
-        "commands": _commands(block.groups),
-        "last_commands": _commands(last),
-        "drawn_commands": _commands(shown, of_draws.seed),
+        "commands": command(block.groups),
+        "last_commands": command(last),
+        "drawn_commands": command(shown, [of_draws.seed]),
         "distributions": figures.distributions(of_draws),
         "draws_words": _draws_words(of_draws),
         "pairs": figures.pairs(of_draws),
@@ -95,11 +102,8 @@ def number(interval: Interval | None, text: str | None = None) -> dict[str, str]
     """A cell of a table: rounded, with its interval, and in full for sorting; empty where it is missing."""
     if interval is None:
         return {"text": "\u2013", "interval": "", "value": "", "more": ""}
-    spread = ""
-    if interval.low is not None and interval.high is not None and interval.high > interval.low:
-        spread = f"[{interval.low:.2g}, {interval.high:.2g}]"
     value = "" if math.isnan(interval.mean) else repr(interval.mean).replace("inf", "Infinity")
-    return {"text": text or f"{interval.mean:.2g}", "interval": spread, "value": value, "more": ""}
+    return {"text": text or short(interval.mean), "interval": ends(interval), "value": value, "more": ""}
 
 
 def _row(group: Group, metrics: list[str]) -> dict[str, Any]:
@@ -118,7 +122,9 @@ def _row(group: Group, metrics: list[str]) -> dict[str, Any]:
         "light_more": more,
         "light_value": LEVELS.index(light) if light in LEVELS else len(LEVELS),
         "calls": number(calls, count(calls.mean) if calls else None),
-        "seconds": number(clock, seconds(clock.mean) if clock else None),
+        "seconds": number(
+            clock, f"{clock.mean:.2g}" if clock and clock.mean < 0.1 else seconds(clock.mean) if clock else None
+        ),
     }
 
 
@@ -126,7 +132,7 @@ def _metric(group: Group, metric: str) -> dict[str, Any]:
     error, largest = group.error(metric), group.largest(metric)
     text = f"< {group.reference_error(metric):.2g}" if group.at_reference_precision(metric) else None
     cell = number(error, text)
-    more = f"max {largest[0]:.2g}" if largest else ""
+    more = f"worst {short(largest[0])}" if largest else ""
     return {**cell, "more": more, "best": metric in group.best}
 
 
@@ -140,14 +146,14 @@ def _evidence(group: Group) -> dict[str, str]:
     if error is not None:
         of_seeds = number(error)
         sign = "+" if error.mean >= 0 else "\u2212"
-        more = f"truth {sign} {abs(error.mean):.2g} {of_seeds['interval']}".strip()
+        more = f"truth {sign} {short(abs(error.mean))} {of_seeds['interval']}".strip()
     return {**cell, "interval": "", "more": more}
 
 
 def _light(group: Group) -> tuple[str, str]:
     """The worst word, and how many seeds have which where they differ."""
     if not group.done:
-        return "failed", state(group.entries[0].state)
+        return state(group.entries[0].state), ""
     levels = [entry.level for entry in group.done]
     mixed = len(set(levels)) > 1
     return group.level(), ", ".join(f"{levels.count(w)} {w}" for w in LEVELS if w in levels) if mixed else ""
@@ -175,21 +181,12 @@ def _fold(group: Group, environments: Environments) -> dict[str, Any]:
         "settings": _settings(group.settings) or "none",
         "keys": " ".join(entry.key for entry in group.entries),
         "environment": environments.number(group),
-        "command": command(group.cell, group.settings),
+        "command": command([group]),
     }
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{name}={json.dumps(value)}" for name, value in settings.items())
-
-
-def _commands(groups: list[Group], seed: int | None = None) -> str:
-    """One line for each engine and budget, of its first seed; the others differ in the seed alone."""
-    if not groups:
-        return ""
-    seeds = sorted({entry.seed for group in groups for entry in group.entries})
-    others = f"# of one seed; the others: {', '.join(map(str, seeds[1:]))}\n" if seed is None and len(seeds) > 1 else ""
-    return others + "\n".join(command(group.cell, group.settings) for group in groups)
 
 
 # -- one problem ------------------------------------------------------------------------------------------------------
@@ -212,12 +209,10 @@ def _theta(block: Block) -> str:
     if not block.learner:
         return ""
     held_out = Interval.of(block.held_out.values())
-    calls = Interval.of((calls for calls, _ in block.learning.values()), 0.0)
-    clock = Interval.of((clock for _, clock in block.learning.values()), 0.0)
+    calls = Interval.of(calls for calls, _ in block.learning.values())
+    clock = Interval.of(clock for _, clock in block.learning.values())
     words = [f"Theta learned by {block.learner}"]
-    words += (
-        [f"for {count(calls.mean)} calls and {seconds(clock.mean)} s beside those below"] if calls and clock else []
-    )
+    words += [f"for {count(calls.mean)} calls and {time(clock.mean)} beside those below"] if calls and clock else []
     if held_out is not None:
         cell = number(held_out, f"{held_out.mean:.5g}")
         words += [f"held-out log p(x) {cell['text']} {cell['interval']}".rstrip() + " nats per datum"]

@@ -22,7 +22,7 @@ from ..facts import plain
 from .changes import Changes, changes
 from .crossings import crossings
 from .records import records
-from .summary import Group, Interval, Summary, entry_of, summarise
+from .summary import Group, Interval, Summary, better, entry_of, summarise
 from .verdicts import ENOUGH, verdict
 
 NEEDED = ("jinja2", "matplotlib")
@@ -73,6 +73,7 @@ def _html(
     runs: Path, out: Path, summary: Summary, found: Changes | None, against: Any, files: dict[Path, str], command: str
 ) -> str:
     import jinja2
+    import markupsafe
 
     from .marks import mark
     from .view import Environments, block_view, changes_view, crossing_view
@@ -94,6 +95,7 @@ def _html(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
+    environment.filters["soft"] = lambda name: markupsafe.escape(name).replace("_", markupsafe.Markup("_<wbr>"))
     return environment.get_template("page.html").render(
         page=page,
         title=runs.resolve().name or "runs",
@@ -103,6 +105,7 @@ def _html(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         mark=mark,
+        hints={m: f"{better(m)} is better" if better(m) else "" for block in summary.blocks for m in block.metrics},
     )
 
 
@@ -111,21 +114,26 @@ def _alarms(runs: Path) -> dict[str, Any] | None:
     if importlib.util.find_spec(f"{__package__.rpartition('.')[0]}.alarms") is None:
         return None
     score = importlib.import_module("..alarms", __package__).score
-    rows = plain(score(records(runs)))
-    if not isinstance(rows, list) or not rows:
+    scores = score(records(runs))
+    shares = [{"caught": one.caught, "false": one.false} for one in scores]
+    rows = [{**plain(one), **share} for one, share in zip(scores, shares, strict=True)]
+    if not any(row["hits"] + row["misses"] + row["false_alarms"] + row["silences"] for row in rows):
         return None
-    columns = list(rows[0])
     return {
-        "words": "Each alarm against the errors, in the runs whose truth is known.",
-        "columns": columns,
-        "rows": [[_cell(row.get(name)) for name in columns] for row in rows],
+        "words": "Runs whose truth is known, by whether their answer is wrong and whether the alarm was on. Caught: "
+        "the share of the wrong ones with the alarm on; false: that of the right ones; with 95 % intervals.",
+        "columns": [name.replace("_", " ") for name in rows[0]],
+        "rows": [[_cell(value) for value in row.values()] for row in rows],
     }
 
 
 def _cell(value: Any) -> dict[str, str]:
     if value is None:
         return {"text": "\u2013", "value": ""}
-    return {"text": f"{value:.3g}" if isinstance(value, float) else str(value), "value": str(value)}
+    if isinstance(value, tuple):
+        share, low, high = value
+        return {"text": f"{share:.0%} ({low:.0%} to {high:.0%})", "value": repr(share)}
+    return {"text": str(value), "value": str(value)}
 
 
 # -- the files beside it ----------------------------------------------------------------------------------------------
