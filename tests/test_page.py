@@ -25,8 +25,11 @@ from click.testing import CliRunner
 from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.comparison import Row, Theta
 from pyrometer.benchmarks.facts import plain
+from pyrometer.benchmarks.gaps import Gap, Gaps, Losses
+from pyrometer.benchmarks.square import Cell as SquareCell
+from pyrometer.benchmarks.square import Difference, Square, Trained
 from pyrometer.inference import ImportanceSampling, ProblemError, infer
-from pyrometer.inference.posterior import Cost
+from pyrometer.inference.posterior import Cost, Status
 from pyrometer.models import conjugate_gaussian, vae
 
 pytest.importorskip("jinja2")
@@ -515,6 +518,37 @@ def test_images_of_doubtful_data_are_shown(tmp_path):
     assert np.array_equal(images[3], problem.args[0][3].reshape(8, 8).numpy())
     page = Page(report(folder, tmp_path / "r.html").page)
     assert any("largest k-hat as images" in image["alt"] for image in page.images)
+
+
+# -- squares and gaps -------------------------------------------------------------------------------------------------
+
+
+def test_a_square_and_its_gaps_are_shown_with_their_numbers(tmp_path):
+    cells = [
+        SquareCell("svi", "reference", value=-1.25, std_error=0.01, data_error=0.1, kind="exact", level="good",
+                   difference=Difference("svi", 0.0, 0.0, 0.0), values=(-1.0, -1.5), errors=(0.01, 0.01)),
+        SquareCell("<em>", "reference", value=-2.25, std_error=0.01, data_error=0.1, kind="exact", level="bad",
+                   difference=Difference("svi", -1.0, 0.01, 0.2)),
+        SquareCell("svi", "smc", status=Status("failed", "no weight")),
+    ]  # fmt: skip
+    square = Square((Trained("svi"), Trained("<em>")), tuple(cells), problem={"name": "coin"})
+    parts = {name: Gap(0.5, 0.01, 0.1) for name in ("learning", "approximation", "amortisation", "inference", "total")}
+    gaps = Gaps((Losses("svi", gaps=parts, level="good"), Losses("<em>", status=Status("failed", "no guide"))))
+    folder = put(tmp_path / "runs", made())
+    (folder / "square.json").write_text(json.dumps({**square.to_dict(), "gaps": gaps.to_dict()}))
+    (folder / "other.json").write_text('{"rows": 1}')
+    (folder / "broken.json").write_text('{"learners": [], "cells": [{"learner": 1}]}')
+    page = Page(report(folder, tmp_path / "r.html").page)
+    rows = next(rows for name, rows in page.rows.items() if name.startswith("m-square"))
+    assert [text for text, _ in rows[0]] == ["theta by", "reference", "smc"]
+    assert rows[1][1] == ("-1.250 \u00b1 0.010best", "-1.25")
+    assert rows[2][0][0] == "<em>"
+    assert rows[2][1] == ("-2.250 \u00b1 0.010-1 \u00b1 0.2bad", "-2.25")
+    assert rows[1][2] == ("\u2013failed", "")
+    assert any("Where the nats go. svi: learning 0.5" in image["alt"] for image in page.images)
+    assert "no guide" in page.raw
+    assert "broken.json" in page.raw
+    assert "other.json" not in page.raw
 
 
 # -- changes ----------------------------------------------------------------------------------------------------------

@@ -32,19 +32,23 @@ class Crossed:
         worst = max(of_column, default=0.0)
         if cell.difference is None or worst <= 0 or not math.isfinite(cell.difference.value):
             return 0.0
-        return min(max(-cell.difference.value / worst, 0.0), 1.0)
+        return min(max(0.0, -cell.difference.value / worst), 1.0)
 
 
-def crossings(folder: Path) -> Iterator[Crossed]:
-    """Every JSON file that lies in the folder itself and is a square; others are passed over."""
+def crossings(folder: Path, unreadable: dict[str, str]) -> Iterator[Crossed]:
+    """Every JSON file that lies in the folder itself and is a square. Others are passed over; a square that cannot be
+    read is put into `unreadable`, name -> reason."""
     for file in sorted(folder.glob("*.json")):
         if file.is_symlink() or not file.is_file() or file.stat().st_size > LARGEST:
             continue
         try:
-            read = parse(file.read_text(encoding="utf-8"))
+            text = file.read_text(encoding="utf-8")
+            if '"learners"' not in text or '"cells"' not in text:
+                continue
+            read = parse(text)
             if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
                 continue
             gaps = read_as(Gaps, read["gaps"]) if read.get("gaps") is not None else None
             yield Crossed(file.name, read_as(Square, read), gaps)
-        except UNREADABLE:
-            continue
+        except UNREADABLE as error:
+            unreadable[file.name] = f"{type(error).__name__}: {error}"[:300]

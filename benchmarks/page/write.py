@@ -86,7 +86,7 @@ def _html(
         "blocks": blocks,
         "downloads": [{"name": f.name, "href": quote(f.name), "words": words} for f, words in files.items()],
         "changes": changes_view(found, Path(against).name) if found is not None else None,
-        "crossings": [crossing_view(crossed) for crossed in crossings(runs)],
+        "crossings": [crossing_view(crossed) for crossed in crossings(runs, summary.unreadable)],
         "alarms": _alarms(runs),
         "environments": environments.view(),
         "unreadable": sorted(summary.unreadable.items()),
