@@ -14,6 +14,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -92,9 +93,8 @@ def read_as(hint: Any, value: Any) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         if not isinstance(value, dict):
             raise ValueError(f"expected the fields of {hint.__name__}, got {type(value).__name__}")
-        hints = typing.get_type_hints(hint)
-        known = {f.name for f in dataclasses.fields(hint) if f.init}
-        return hint(**{name: read_as(hints[name], item) for name, item in value.items() if name in known})
+        hints = _fields(hint)
+        return hint(**{name: read_as(hints[name], item) for name, item in value.items() if name in hints})
     if origin is tuple:
         items = _of(list, value)
         of_items = inside if Ellipsis not in inside else [inside[0]] * len(items)
@@ -104,6 +104,13 @@ def read_as(hint: Any, value: Any) -> Any:
     if hint is float:
         return float(value if isinstance(value, str) else _of((int, float), value))
     return value if hint is Any else _of(hint, value)
+
+
+@cache
+def _fields(of: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types, looked up once."""
+    hints = typing.get_type_hints(of)
+    return {field.name: hints[field.name] for field in dataclasses.fields(of) if field.init}
 
 
 def _of(kind: Any, value: Any) -> Any:

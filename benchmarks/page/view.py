@@ -274,7 +274,7 @@ def crossing_view(crossed: Crossed) -> dict[str, Any]:
                 "value": repr(cell.value),
                 "shade": f"{0.32 * crossed.shade(cell):.3f}",
                 "more": more,
-                "words": "" if cell.level == "good" else cell.level,
+                "words": "" if cell.level == "good" else f"trust: {cell.level}",
             })  # fmt: skip
         rows.append({"learner": learner.learner, "cells": cells})
     gaps = crossed.gaps
