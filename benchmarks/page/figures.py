@@ -297,7 +297,7 @@ def pairs(drawn: Drawn) -> Picture | None:
         for (engine, cloud), place in zip(pair.clouds.items(), axes, strict=False):
             style = mark(engine)
             if pair.truth is not None:
-                place.scatter(pair.truth[:, 0], pair.truth[:, 1], s=5, color="#b5b5b5", lw=0)
+                place.scatter(pair.truth[:, 0], pair.truth[:, 1], s=5, color="#cdcdcd", lw=0)
             place.scatter(cloud[:, 0], cloud[:, 1], s=7, color=style.colour, lw=0, alpha=0.6)
             if pair.moments is not None:
                 (x, x_sd), (y, y_sd) = pair.moments
