@@ -61,7 +61,7 @@ def beta_bernoulli() -> Problem:
     return Problem(model, args=(x,), guide=guide, reference=truth, name="beta_bernoulli")
 
 
-def gamma_poisson() -> Problem:
+def poisson_rates() -> Problem:
     """rate_i ~ Gamma(3, rate 2), x_i ~ Poisson(rate_i): one latent for each datum; the posterior is Gamma(3 + x, 3)."""
     x = torch.tensor([0.0, 2, 5, 1], dtype=F64)
 
@@ -73,7 +73,7 @@ def gamma_poisson() -> Problem:
     posterior = dist.Gamma(3 + x, torch.tensor(3.0, dtype=F64))
     evidence = dist.NegativeBinomial(torch.tensor(3.0, dtype=F64), probs=torch.tensor(1 / 3, dtype=F64)).log_prob(x)
     truth = exact({"rate": posterior.mean}, {"rate": posterior.stddev}, evidence)
-    return Problem(model, args=(x,), reference=truth, name="gamma_poisson")
+    return Problem(model, args=(x,), reference=truth, name="poisson_rates")
 
 
 def correlated() -> Problem:
@@ -215,7 +215,7 @@ def family(module: Any, **settings: Any) -> Problem:
 
 TINY: tuple[Callable[[], Problem], ...] = (
     beta_bernoulli,
-    gamma_poisson,
+    poisson_rates,
     correlated,
     discrete_net,
     asymmetric,
@@ -612,6 +612,8 @@ def test_arviz_gets_the_same_draws(engine_name, problem_name):
         else:
             assert values.shape == (1, draws.shape[0] * draws.shape[1], *draws.shape[2:])
             assert np.isin(values, draws.numpy()).all()
+    if hasattr(ENGINES[engine_name], "simulates"):
+        return  # such a model may have no likelihood, and draws that are near the data one of zero
     if all(site in posterior.draws for site in plain_run(problem_name)[0]):
         assert all(np.isfinite(v.values).all() for v in shown["log_likelihood"].data_vars.values())
 
@@ -629,7 +631,7 @@ def test_the_seed_is_all_the_randomness_there_is(engine_name, problem_name):
         a, b = first.draws[site], other.draws[site]
         if getattr(ENGINES[engine_name], "exact", False):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # a rule's nodes stand at a mode that was searched
-        elif a.is_floating_point() and len(a.unique()) > 10:
+        elif a.is_floating_point() and len(a.unique()) > 10 and first.kind != "point":
             assert not np.isin(a.numpy(), b.numpy()).any(), "two seeds share draws"
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from pyro.infer import TraceEnum_ELBO
 from pyro.infer.autoguide import AutoLaplaceApproximation, AutoStructured
-from test_contract import beta_bernoulli, correlated, discrete_net, gamma_poisson
+from test_contract import beta_bernoulli, correlated, discrete_net, poisson_rates
 from torch import Tensor
 
 from pyrometer.inference import EM, SVI, Problem, ProblemError, SemiAmortised, infer, learn
@@ -78,7 +78,7 @@ def test_the_density_of_a_flow_integrates_to_one(kind):
     """In one dimension, for each of four data, by the trapezoidal rule, which the knots of splines disturb by 1e-4: to
     1e-3. A Jacobian left out would be tenths. No two data have the same."""
     torch.manual_seed(2)
-    with Density(gamma_poisson()) as density, torch.no_grad():
+    with Density(poisson_rates()) as density, torch.no_grad():
         guide = stirred(density, Flow(kind=kind, **SMALL))
         grid = torch.linspace(-30, 30, 60_001, dtype=F64)
         density_at = guide.log_prob(grid[:, None, None].expand(-1, 4, 1)).exp()
@@ -129,7 +129,7 @@ def test_splines_split_one_mode_into_two():
 def test_one_flow_serves_latents_of_each_datum():
     """Four gamma posteriors over the logarithm. In one dimension an affine flow is a normal for each datum, whose best
     loses skewness^2 / 12 nats, 0.03 for the most skewed: within 0.1 nats of each evidence, and not above it."""
-    problem = gamma_poisson()
+    problem = poisson_rates()
     posterior = infer(problem, SVI(guide=Flow(kind="maf", **SMALL), num_steps=600, num_particles=8, learning_rate=0.02))
     off = posterior.log_evidence.value - problem.reference.log_evidence.value
     assert bool((off < 4.9 * posterior.log_evidence.std_error + 1e-9).all())
@@ -328,7 +328,7 @@ def test_as_e_step_theta_learns_from_refined_posteriors():
 
 
 def test_without_a_guide_there_is_nothing_to_amortise():
-    assert "no guide to amortise" in infer(gamma_poisson(), SemiAmortised()).status.reason
+    assert "no guide to amortise" in infer(poisson_rates(), SemiAmortised()).status.reason
     assert "use SVI" in infer(discrete_net(), SemiAmortised()).status.reason
     assert np.isfinite(infer(ppca.problem(num_data=4), SemiAmortised(num_steps=5)).cost.gradients)
 

@@ -22,6 +22,7 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "h5netcdf": "h5netcdf[h5py]",
     "arviz_stats": "arviz",
+    "markupsafe": "jinja2",
     "xarray": "arviz",
 }
 
@@ -111,16 +112,22 @@ def test_only_interop_imports_arviz_and_xarray():
     assert users <= {allowed}
 
 
+EXTRAS = {  # folder or file -> the extra that installs what it needs beside the dependencies
+    "benchmarks/speed": "peers",
+    "benchmarks/page": "report",
+    "benchmarks/doubt.py": "report",
+    "inference/flows.py": "flows",
+}
+
+
 def test_everything_imported_is_declared():
-    """By the project; in the files that measure other tools or draw pictures, by the extra that installs what these
-    need."""
+    """By the project, or by an extra in the files that measure other tools, draw pictures, or the like."""
     project = PYPROJECT["project"]
     for path in sources(*FOLDERS):
         declared = list(project["dependencies"])
-        if ROOT / "benchmarks" / "speed" in path.parents:
-            declared += project["optional-dependencies"]["peers"]
-        if path.name == "doubt.py":
-            declared += project["optional-dependencies"]["pictures"]
+        for place, extra in EXTRAS.items():
+            if path == ROOT / place or ROOT / place in path.parents:
+                declared += project["optional-dependencies"][extra]
         outside = {module.split(".")[0] for module in imports(path)} - set(sys.stdlib_module_names) - {"pyrometer"}
         names = {re.split("[<>=]", requirement)[0] for requirement in declared}
         assert {DISTRIBUTIONS.get(module, module) for module in outside} <= names, path
