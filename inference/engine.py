@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 import random
 import resource
@@ -10,12 +11,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .budget import Counts, ExhaustedError, check_calls, within
 from .density import Density
 from .diagnostics import diagnose
 from .posterior import Cost, Evidence, Posterior, Status
@@ -64,6 +66,13 @@ class Engine(Protocol):
 
     def run(self, density: Density, run: Run) -> Draws:
         """Draw from p_theta(z | x) at the density's theta. Called inside the density, without gradients."""
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """The same settings, made to spend about `calls` calls of the density: evaluations and gradients together,
+        each over all data once, tuning included. Where that is too few, the smallest run that makes sense.
+
+        An estimate will do: `infer` measures and asks again. An engine without it runs with its own settings.
+        """
 
 
 @dataclass
@@ -129,6 +138,7 @@ def infer(
     device: torch.device | str | None = None,
     backend: str = "auto",
     dtype: torch.dtype | None = None,
+    calls: float | None = None,
 ) -> Posterior:
     """Approximate p_theta(z | x), theta held fixed.
 
@@ -140,19 +150,32 @@ def infer(
                 'eager' or 'inductor'; what served stands in `cost.backend`
     dtype       of the computation: None, float64 where the program allows it; torch.float32 is about twice as fast on
                 large decoders, and rounds the log joint to some 1e-7 of its size
+    calls       the engine is sized to spend about so many evaluations and gradients, tuning included, in place of its
+                own counts of draws and steps; what spends twice as many all the same is 'timed out', without draws
     Returns a posterior whose `status` says how it ended: an engine that does not serve the model is 'unsupported',
     a run that broke is 'failed', each with the reason. Raises `ProblemError` for input that cannot be used.
     """
     method: Engine = as_engine(engine)
     check_problem(problem)
-    with isolated(seed, device), torch.no_grad():
-        density, reason = _prepare(problem, method, parameters, device, backend, dtype)
-        if reason:
-            with density:  # where theta is this run's
-                return finish(None, density, Status("unsupported", reason), Cost(), method, seed)
-        state = _warm_state(warm, method)
-        with density, reporter(progress, method.name) as report:
-            return _run(density, method, Run(density, np.random.SeedSequence(seed), state, report), seed)
+
+    def attempt(size: float | None = None, limit: float = math.inf) -> Posterior:
+        with isolated(seed, device), torch.no_grad():
+            density, sized, reason = _prepare(problem, method, parameters, device, backend, dtype, size)
+            if reason:
+                with density:  # where theta is this run's
+                    return finish(None, density, Status("unsupported", reason), Cost(), sized, seed)
+            density.counts = Counts(limit)
+            state = _warm_state(warm, method)
+            with density, reporter(progress, method.name) as report:
+                return _run(density, sized, Run(density, np.random.SeedSequence(seed), state, report), seed)
+
+    if calls is None:
+        return attempt()
+    if not hasattr(method, "sized"):
+        posterior = attempt()
+        notes = (*posterior.diagnostics.notes, f"{method.name} cannot be sized: it ran with its own settings")
+        return replace(posterior, diagnostics=replace(posterior.diagnostics, notes=notes))
+    return within(check_calls(calls), attempt)
 
 
 def _warm_state(warm: Any, method: Engine) -> dict[str, Tensor]:
@@ -173,13 +196,14 @@ def why_not(
     """Why the engine cannot serve the problem, in words; '' where it can. Runs the model a few times only."""
     check_problem(problem)
     with isolated(0), torch.no_grad():
-        return _prepare(problem, as_engine(engine), parameters, None)[1]
+        return _prepare(problem, as_engine(engine), parameters, None)[2]
 
 
 def _prepare(
     problem: Problem, engine: Engine, parameters: Any, device: Any, backend: str = "auto",
-    dtype: torch.dtype | None = None,
-) -> tuple[Density, str]:  # fmt: skip
+    dtype: torch.dtype | None = None, calls: float | None = None,
+) -> tuple[Density, Engine, str]:  # fmt: skip
+    """The density, the engine sized to it, and why it cannot run there, in words."""
     if dtype not in (None, torch.float32, torch.float64):
         raise ProblemError(f"dtype={dtype!r}: expected torch.float64, torch.float32 or None.")
     prepare = getattr(engine, "prepare", None)  # an engine may bring a guide of its own
@@ -189,11 +213,13 @@ def _prepare(
     if parameters is not None:
         density.set_parameters(parameters)
     if not density.latents:
-        return density, "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+        return density, engine, "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
     if density.simulated and not getattr(engine, "simulates", False):
-        return density, no_density(density)
+        return density, engine, no_density(density)
     with density:
-        return density, engine.supports(density)
+        if calls is not None:
+            engine = engine.sized(calls, density)
+        return density, engine, engine.supports(density)
 
 
 def no_density(density: Density) -> str:
@@ -213,9 +239,13 @@ def measured(call: Callable[[], T], run: Run) -> tuple[T | None, Status, Cost]:
         answer = call()
     except ProblemError:
         raise
+    except ExhaustedError:
+        pass
     except Exception as error:
         reason = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         status = Status("failed", reason)
+    if answer is None and isinstance(counts := run.density.counts, Counts) and counts.exhausted:
+        status = Status("timed out", f"stopped after {sum(counts.values()):.0f} calls of the density")
     return answer, status, run.cost(time.perf_counter() - start, peak_memory() - memory)
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -28,9 +28,12 @@ from .lanes import Lanes
 from .problem import ProblemError
 from .starts import starts
 
+T = TypeVar("T")
+
 SLOTS = 1024  # lanes that grow trees side by side, at most,
 TURNS = 4  # and at least so many chains for each: the last to finish leave the others idle
 FEWEST_SLOTS = 64
+FEWEST_DRAWS, STARTING = 10, 80  # of each chain in the smallest run; calls that finding where to start takes
 SHRINK = 3  # when only so small a part is still at work, it moves to lanes of its own
 
 
@@ -350,6 +353,19 @@ def begin(engine: Any, density: Density, run: Run) -> tuple[Tensor, Tuned | None
         return earlier(run.warm, density, engine.num_chains)
     with run.tuning():
         return starts(density, run, engine.num_chains, engine.initial, engine.initial_tries, apart=True), None
+
+
+def sized(engine: T, calls: float, per_draw: float, per_warmup: float) -> T:
+    """A sampler whose chains together make about `calls` calls of the density; warm-up keeps its share of the steps.
+
+    At least `FEWEST_DRAWS` of each chain, with half as many steps of warm-up.
+    """
+    settings: Any = engine
+    share = settings.warmup_steps / settings.num_samples
+    cost = settings.num_chains * (per_draw + share * per_warmup)
+    draws = max(FEWEST_DRAWS, int((calls - STARTING) / cost))
+    warmup = max(FEWEST_DRAWS // 2, int(share * draws)) if settings.warmup_steps else 0
+    return replace(settings, num_samples=draws, warmup_steps=warmup)
 
 
 def check_one_start(engine: Any) -> None:

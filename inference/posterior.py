@@ -92,6 +92,11 @@ class Cost:
     peak_memory: int | None = None
     backend: str = "eager"
 
+    @property
+    def calls(self) -> float:
+        """Evaluations and gradients together, tuning included: what a budget is given in."""
+        return self.evaluations + self.gradients
+
     def __add__(self, other: Cost) -> Cost:
         peaks = [p for p in (self.peak_memory, other.peak_memory) if p is not None]
         summed = {

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -73,6 +73,14 @@ class AnnealedImportance:
 
     def supports(self, density: Density) -> str:
         return why_not_start(density, self.start)
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """Chains S and temperatures K in the own proportion, from 4 m S (K + 20) calls: m moves of four leapfrog steps,
+        and a tuning run that takes as many as twenty temperatures."""
+        ratio = self.num_temperatures / self.num_samples
+        each = calls / (4 * self.num_moves)
+        chains = max(PILOT_LEAST, int((math.sqrt(400 + 4 * ratio * each) - 20) / (2 * ratio)))
+        return replace(self, num_samples=chains, num_temperatures=max(5, int(each / chains - 20)))
 
     def run(self, density: Density, run: Run) -> Draws:
         bound, u, tuning = self.prepared(density, run)

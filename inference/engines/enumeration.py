@@ -8,7 +8,7 @@ per batch element; the listed values are the draws, and log p(x, z) their weight
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -42,6 +42,9 @@ class Enumeration:
                 f"max_values = {self.max_values}"
             )
         return ""
+
+    def sized(self, calls: float, density: Density) -> Self:
+        return self  # as many evaluations as there are values
 
     def run(self, density: Density, run: Run) -> Draws:
         values = every_value(density)

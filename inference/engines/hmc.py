@@ -9,7 +9,7 @@ datum has its own accept step, step size and mass matrix. Discrete latents are s
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from .. import mcmc
 from ..density import Density
@@ -49,6 +49,9 @@ class HMC:
 
     def supports(self, density: Density) -> str:
         return mcmc.why_not(density, "HMC")
+
+    def sized(self, calls: float, density: Density) -> Self:
+        return mcmc.sized(self, calls, per_draw=self.num_steps + 1, per_warmup=self.num_steps)
 
     def run(self, density: Density, run: Run) -> Draws:
         target = self.target_acceptance or (0.574 if self.num_steps == 1 else 0.8)

@@ -8,14 +8,19 @@ draw. Pareto smoothing: Vehtari et al. 2024, jmlr.org/papers/v25/19-556.html.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 from ..density import Density
 from ..engine import Draws, Run, as_chain
-from ..posterior import evidence_from_weights
-from ..proposals import check_proposal, propose, weighted, why_not_propose
+from ..posterior import Posterior, evidence_from_weights
+from ..proposals import check_proposal, propose, settled, weighted, why_not_propose
+from ..registry import as_engine
 from ..settings import check_positive, settings
 from ..statistics import psis
+
+FEWEST = 50  # draws of the smallest run
+PILOT_CALLS = {"auto": 600, "laplace": 200}
 
 
 @settings
@@ -42,6 +47,17 @@ class ImportanceSampling:
 
     def supports(self, density: Density) -> str:
         return why_not_propose(density, self.proposal)
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """One or two calls a draw; finding a proposal takes some hundred, fitting an engine half of all."""
+        proposal = settled(density, self.proposal)
+        if proposal in ("prior", "guide") or isinstance(proposal, Posterior):
+            return replace(self, num_samples=max(FEWEST, int(calls / (1 if isinstance(proposal, str) else 2))))
+        if isinstance(proposal, str):
+            return replace(self, num_samples=max(FEWEST, int((calls - PILOT_CALLS[proposal]) / 2)))
+        engine = as_engine(proposal)
+        fitted = engine.sized(calls / 2, density) if hasattr(engine, "sized") else engine
+        return replace(self, proposal=fitted, num_samples=max(FEWEST, int(calls / 4)))
 
     def run(self, density: Density, run: Run) -> Draws:
         proposal, notes = propose(self.proposal, density, run, self.degrees)

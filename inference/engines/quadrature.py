@@ -9,7 +9,8 @@ Liu & Pierce 1994, doi:10.1093/biomet/81.3.624.
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -47,6 +48,11 @@ class Quadrature:
                 f"max_nodes = {self.max_nodes}"
             )
         return ""
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """The modes take some hundred calls, each node one or two; at least two nodes in each direction."""
+        nodes = int((max(calls - 200, 1) / 2) ** (1 / max(1, density.dim)) + 1e-9)
+        return replace(self, num_nodes=max(min(self.num_nodes, 2), min(self.num_nodes, nodes)))
 
     def run(self, density: Density, run: Run) -> Draws:
         start = run.warm.get("mode")

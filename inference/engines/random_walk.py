@@ -9,7 +9,7 @@ and pays for that in draws: a check for the others. Discrete latents are summed 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from .. import mcmc
 from ..density import Density
@@ -47,6 +47,9 @@ class RandomWalk:
 
     def supports(self, density: Density) -> str:
         return mcmc.why_not(density, "the random walk")
+
+    def sized(self, calls: float, density: Density) -> Self:
+        return mcmc.sized(self, calls, per_draw=2, per_warmup=1)
 
     def run(self, density: Density, run: Run) -> Draws:
         points, tuned = mcmc.begin(self, density, run)

@@ -15,7 +15,8 @@ serves the other schemes too; and never less than what the steps add up to where
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -86,6 +87,13 @@ class SMC:
             betas, self.criterion, self.target_ess, self.resampling, self.policy, self.threshold,
             self.num_moves or self.max_moves, self.num_moves is not None,
         )  # fmt: skip
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """As many particles as the path allows: some thirty-five calls each, where it finds its own temperatures."""
+        each = 35.0
+        if self.num_temperatures is not None:
+            each = 3 + self.num_temperatures * 4 * (self.num_moves or self.max_moves / 2)
+        return replace(self, num_samples=max(10, int(calls / each)))
 
     def run(self, density: Density, run: Run) -> Draws:
         parts, draw = begin(density, choose(density, self.start))

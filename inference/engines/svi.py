@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from pyro import poutine
@@ -135,6 +135,14 @@ class SVI:
                 f"objective='dreg' needs all of log q, and site {site!r} of the guide is masked or scaled: use 'iwae'"
             )
         return ""
+
+    def sized(self, calls: float, density: Density) -> Self:
+        """An eighth of the calls for draws of the guide, two each, and not more than the own number; the rest steps."""
+        draws = min(self.num_samples, max(20, int(calls / 16)))
+        share = min(1.0, self.batch_size / density.sliceable().size) if self.batch_size else 1.0
+        start = 400 if self._family(density) else 0
+        steps = (calls - 2 * draws - start) / (self.num_particles * share)
+        return replace(self, num_samples=draws, num_steps=max(20, int(steps)))
 
     def run(self, density: Density, run: Run) -> Draws:
         guide = make_guide(density, self._family(density))
