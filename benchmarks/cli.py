@@ -335,6 +335,67 @@ def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path 
     _deliver(render(benchmark), benchmark.to_json, json_path, ended)
 
 
+# -- grids ------------------------------------------------------------------------------------------------------------
+
+
+def _listed(convert: Callable[[str], Any], expected: str) -> Callable[..., tuple[Any, ...]]:
+    """Reads an option with commas between its values."""
+
+    def read(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
+        try:
+            return tuple(convert(word.strip()) for word in (text or "").split(",") if word.strip())
+        except ValueError:
+            raise click.BadParameter(f"{text!r}: expected {expected} with commas between.") from None
+
+    return read
+
+
+@main.command()
+@click.argument("grid", metavar="smoke|standard|dlvm|FILE.toml")
+@click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="runs", show_default=True,
+              help="The folder of results; what is finished there is not run again.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time.")
+@click.option("--models", callback=_listed(str, "names"), help="Only these, with commas between; likewise:")
+@click.option("--engines", callback=_listed(str, "names"), help="Only these engines.")
+@click.option("--budgets", callback=_listed(float, "numbers"), help="These calls for each cell, not the grid's.")
+@click.option("--seeds", callback=_listed(int, "whole numbers"), help="These seeds, not the grid's.")
+@click.option("--rerun", callback=_listed(str, "states"), help="Run what ended so again: failed,'timed out',done.")
+@click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
+              help="Seconds for a cell.")  # fmt: skip
+@click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=4096, show_default=True,
+              help="MB for a cell.")  # fmt: skip
+@click.option("--backend", default="process", show_default=True, help="process, in-process, loky, dask or ray.")
+@click.option("--address", help="Of a running cluster, for dask and ray.")
+def bench(grid: str, out: Path, **options: Any) -> None:
+    """Run a grid of problems, engines, budgets and seeds into a folder.
+
+    A run that was ended, by Ctrl-C or worse, goes on where it was; a cell that crashes, hangs or takes too much memory
+    is a row that says so.
+    """
+    from .bench import Going
+    from .bench import bench as run
+    from .grid import named, selected
+    from .store import StoreError
+    from .worker import WorkerError
+
+    chosen = selected(named(grid), **{key: options.pop(key) for key in ("models", "engines", "budgets", "seeds")})
+    with _announcer() as announce:
+
+        def show(going: Going) -> None:
+            wrong = ", ".join(f"{count} {state}" for state, count in going.states.items() if state != "done")
+            left = "" if going.left is None else f", {max(1, round(going.left / 60))} min left"
+            announce(f"{going.done} of {going.total} cells{f', {wrong}' if wrong else ''}{left}  {going.last}")
+
+        try:
+            done = run(chosen, out, progress=show, **options)
+        except (StoreError, WorkerError) as error:
+            raise click.ClickException(str(error)) from error
+    _console().print(done.table())
+    click.echo(
+        f"{len(done.states)} cells in {out}; the page: pyrometer report {shlex.quote(str(out))} --out report.html"
+    )
+
+
 # -- helpers ---------------------------------------------------------------------------------------------------------
 
 

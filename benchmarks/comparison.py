@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pyrometer.inference import Problem, ProblemError, infer
+from pyrometer.inference import Posterior, Problem, ProblemError, infer
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated, why_not
 from pyrometer.inference.learn import Fit
@@ -201,7 +201,7 @@ def judge(
             parameters: Any = start
             if learner is not None:
                 announce(f"learning theta by {learner_name}")
-                theta, parameters = _learn(problem, learner_name, learner, seed, progress, device)
+                theta, parameters = learned(problem, learner_name, learner, seed, progress, device)
                 if fits is not None and parameters is not None:
                     fits[learner_name] = parameters
             reference = Reference("none")
@@ -229,8 +229,8 @@ def judge(
     return run()
 
 
-def _learn(
-    problem: Problem, name: str, learner: Any, seed: int, progress: Progress, device: Any
+def learned(
+    problem: Problem, name: str, learner: Any, seed: int, progress: Progress = False, device: Any = None
 ) -> tuple[Theta, Fit | None]:
     """theta by this learner, and what it cost; the held-out score is taken with the same random numbers for all."""
     facts, fit = trained(problem, name, learner, seed, progress=progress, device=device)
@@ -247,11 +247,16 @@ def _learn(
 def _judged(
     problem: Problem, row: Row, engine: Any, parameters: Any, reference: Reference, progress: Progress, device: Any
 ) -> Row:
-    """The row with all that the engine's posterior says, and how far that is from the truth at its theta."""
+    """The row of what the engine answers at these parameters."""
     try:
         posterior = infer(problem, engine, seed=row.seed, parameters=parameters, progress=progress, device=device)
     except ProblemError as error:
         return replace(row, status=Status("unsupported", str(error)))
+    return judged(row, posterior, reference)
+
+
+def judged(row: Row, posterior: Posterior, reference: Reference) -> Row:
+    """The row with all that the engine's posterior says, and how far that is from the truth at its theta."""
     if not posterior.status.done:
         return replace(row, status=posterior.status, cost=posterior.cost)
     missing = [site for site in reference.mean if site not in posterior.draws]

@@ -29,6 +29,8 @@ from . import _settings
 
 POSTERIOR_SD = math.sqrt(0.5)
 
+BENCH = {"num_data": 50}  # settings that it joins a benchmark with
+
 
 def problem(
     *,

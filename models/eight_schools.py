@@ -41,6 +41,8 @@ STANDARD_ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
 MU_SCALE = 5.0
 TAU_SCALE = 5.0
 
+BENCH: tuple[dict[str, bool], ...] = ({}, {"centred": True})  # settings that it joins a benchmark with
+
 
 def problem(
     *, centred: bool = False, y: Sequence[float] = EFFECTS, sigma: Sequence[float] = STANDARD_ERRORS

@@ -45,6 +45,8 @@ MERGING_LOCS = (-2.0, 4.0)
 MERGING_PRIOR = 10.0
 MAX_GRID = 1500
 
+BENCH = ({"num_data": 100}, {"case": "merging"})  # settings that it joins a benchmark with
+
 
 def problem(
     *,

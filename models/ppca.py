@@ -26,6 +26,8 @@ from pyrometer.inference.problem import Problem, ProblemError, Reference
 
 from . import _settings
 
+BENCH = {"num_data": 50}  # settings that it joins a benchmark with
+
 
 def problem(
     *,

@@ -40,6 +40,8 @@ GRID_POINTS = {1: 4097, 2: 257}  # per axis, odd: every other point makes the co
 GRID_EDGE = 8.0  # in prior sds
 _BLOCK = 2**22  # numbers held at once by the grid
 
+BENCH = {"num_train": 50, "num_test": 20}  # settings that it joins a benchmark with
+
 
 def problem(
     *,
