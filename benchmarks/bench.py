@@ -328,30 +328,28 @@ class _Watch:
 
 
 def table(records: Iterable[Record]) -> Table:
-    """Engine by engine: how its cells ended, and the medians of its errors at the largest budget it was given."""
+    """Engine by engine: how its cells ended, how many were judged good, and at the largest budget the median errors."""
     from rich.table import Table
 
-    states: dict[str, Counter[str]] = defaultdict(Counter)
-    errors: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    trusted: dict[str, int] = defaultdict(int)
+    endings: dict[str, Counter[str]] = defaultdict(Counter)
+    errors: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        states[record.cell.engine][record.row.status.state] += 1
-        trusted[record.cell.engine] += record.row.level == "good"
-        for title, score in record.row.errors.items():
-            if math.isfinite(score.average):
-                errors[title][record.cell.engine].append(score.average)
-    shown = Table(box=None, pad_edge=False)
-    shown.add_column("engine", overflow="fold")
-    for title in ("done", "failed", "timed out", "unsupported", "good"):
+        engine, row = record.cell.engine, record.row
+        endings[engine].update((row.status.state, *(["good"] if row.level == "good" else [])))
+        for title, score in row.errors.items():
+            errors[title][engine].append((record.cell.budget.calls or math.inf, score.average))
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    shown.add_column("engine", no_wrap=True)
+    titles = ("done", "failed", "timed out", "unsupported", "good")
+    for title in (*titles, *(f"{title} (median)" for title in errors)):
         shown.add_column(title, justify="right")
-    for title in errors:
-        shown.add_column(f"{title} (median)", justify="right")
-    for engine in sorted(states):
-        counts = [states[engine][state] for state in ("done", "failed", "timed out", "unsupported")]
-        medians = [errors[title].get(engine) for title in errors]
-        shown.add_row(
-            engine,
-            *(str(count) if count else "-" for count in (*counts, trusted[engine])),
-            *("-" if not values else f"{statistics.median(values):.2g}" for values in medians),
-        )
+    for engine in sorted(endings):
+        counts = [str(endings[engine][title] or "-") for title in titles]
+        shown.add_row(engine, *counts, *(_median(errors[title].get(engine, [])) for title in errors))
     return shown
+
+
+def _median(found: list[tuple[float, float]]) -> str:
+    """Of those at the largest budget."""
+    most = max((calls for calls, _ in found), default=0.0)
+    return f"{statistics.median(value for calls, value in found if calls == most):.2g}" if found else "-"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -44,15 +45,16 @@ def save(posterior: Posterior, path: Path) -> Path:
     header, arrays = _pack(posterior)
     temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
     try:
-        with h5netcdf.File(temporary, "w") as file:
+        content = io.BytesIO()  # HDF5 itself crashes on a disk that fills up
+        with h5netcdf.File(content, "w") as file:
             file.attrs["pyrometer"] = to_json(header)
             for group_name, tensors in arrays.items():
                 group = file.create_group(group_name)
                 for name, tensor in tensors.items():
                     _write(group, _label(name), tensor)
-        with open(temporary, "r+b") as handle:
-            digest = _digest(handle, os.path.getsize(temporary))
-            handle.write(SEAL + digest)
+        with open(temporary, "xb") as handle:
+            handle.write(content.getbuffer())
+            handle.write(SEAL + hashlib.sha256(content.getbuffer()).digest())
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
