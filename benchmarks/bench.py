@@ -276,9 +276,8 @@ def _needed(module: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ProblemError(
-            f"backend={package!r} needs a package that is not here: pip install pyrometer[{package}]."
-        ) from error
+        hint = f"pip install 'pyrometer[{package}]'"
+        raise ProblemError(f"backend={package!r} needs a package that is not here: {hint}.") from error
 
 
 @contextlib.contextmanager

@@ -568,8 +568,9 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_there(tmp_path):
         "main()\n"
     )
     (tmp_path / "grid.toml").write_text("problems=['ppca']\nengines=['importance_sampling']\nseeds=1\nbudgets=[2000]")
+    words = ["--backend", "in-process", "--out", str(out)]
     done = subprocess.run(
-        [sys.executable, str(program), "bench", str(tmp_path / "grid.toml"), "--backend", "in-process", "--out", str(out)],
+        [sys.executable, str(program), "bench", str(tmp_path / "grid.toml"), *words],
         capture_output=True, text=True, check=False, env=surroundings(),
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
