@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
@@ -102,6 +103,11 @@ class Record:
             raise ValueError(f"not a record: {error}") from error
 
 
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return typing.get_type_hints(kind)
+
+
 def typed(kind: Any, value: Any) -> Any:
     """`value`, read from JSON, as the annotation `kind` says: dataclasses, tuples, mappings, 'nan' and 'inf'."""
     if value is None or kind is Any:
@@ -114,6 +120,6 @@ def typed(kind: Any, value: Any) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return {key: typed(args[1], item) for key, item in value.items()}
     if is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
+        hints = _hints(kind)
         return typing.cast(Any, kind)(**{name: typed(hints[name], item) for name, item in value.items()})
     return float(value) if kind is float else value

@@ -174,13 +174,17 @@ class Store:
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> Path:
-        if not NAME.fullmatch(name):
-            raise StoreError(f"{name!r} is not the name of a result.")
+        self._check_name(name)
         return self.folder / name
 
+    def _check_name(self, name: str) -> None:
+        if not NAME.fullmatch(name):
+            raise StoreError(f"{name!r} is not the name of a result.")
+
     def _bytes(self, name: str, file: str) -> bytes:
-        try:
-            handle = os.open(self._path(name) / file, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
+        self._check_name(name)
+        try:  # plain text: the interpreter remembers the parts of a `Path`, and there may be many
+            handle = os.open(os.path.join(self.folder, name, file), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
             with open(handle, "rb") as opened:
                 return opened.read()
         except OSError as error:

@@ -405,7 +405,7 @@ class Broken:
 ENDINGS = {
     "crash": ("failed", "SIGSEGV"),
     "exit": ("failed", "exit code 3"),
-    "hang": ("timed out", "ended after 6 s"),
+    "hang": ("timed out", "ended after 10 s"),
     "memory": ("failed", "out of memory: more than 1500 MB"),
     "raise": ("failed", "ZeroDivisionError: by nothing"),
     "print": ("done", ""),  # what it printed was not taken for an answer
@@ -419,8 +419,8 @@ def test_a_crash_a_hang_and_an_exhausted_memory_cost_one_cell_each(tmp_path, way
     broken = {way: Broken(way=way) for way in ways}
     one = grid({"toy": toy(1.0)}, {**broken, "fine": ImportanceSampling(num_samples=20)}, seeds=1)
     start = time.monotonic()
-    done = bench(one, tmp_path, limit=6.0, memory=1500.0)
-    assert time.monotonic() - start < 90
+    done = bench(one, tmp_path, limit=10.0 if "hang" in ways else 100.0, memory=1500.0)
+    assert time.monotonic() - start < 200
     ended = {record.cell.engine: record.row.status for record in done.records()}
     assert ended.pop("fine").done
     assert set(ended) == set(ways)
