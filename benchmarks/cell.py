@@ -120,6 +120,6 @@ def typed(kind: Any, value: Any) -> Any:
     if origin is not None and issubclass(origin, Mapping):
         return {key: typed(args[1], item) for key, item in value.items()}
     if is_dataclass(kind):
-        hints = _hints(kind)
+        hints = _hints(typing.cast(Any, kind))
         return typing.cast(Any, kind)(**{name: typed(hints[name], item) for name, item in value.items()})
     return float(value) if kind is float else value
