@@ -108,17 +108,17 @@ def test_every_engine_spends_what_it_is_given(engine):
 def test_what_cannot_be_made_small_enough_is_timed_out_without_draws():
     posterior = infer(toy(1.0), SMC(), seed=0, calls=30)
     assert posterior.status.state == "timed out"
-    assert "calls of the density" in posterior.status.reason
+    assert "stopped after" in posterior.status.reason  # not let run to its end
     assert not posterior.draws
-    assert posterior.cost.calls < 10_000  # it was stopped
     with pytest.raises(ProblemError, match="calls=-3"):
         infer(toy(1.0), SMC(), calls=-3)
 
 
-def test_a_wrong_guess_of_the_engine_is_put_right_and_said():
+@pytest.mark.parametrize("share", [0.2, 1.8, 10.0])
+def test_a_wrong_guess_of_the_engine_is_put_right_and_said(share):
     @settings
     class Guesser:
-        """Takes ten times what it says."""
+        """Spends `share` of what it is told to."""
 
         name: ClassVar[str] = "guesser"
         num_samples: int = 100
@@ -127,11 +127,10 @@ def test_a_wrong_guess_of_the_engine_is_put_right_and_said():
             return ""
 
         def sized(self, calls, density):
-            return Guesser(num_samples=max(1, int(calls)))
+            return Guesser(num_samples=max(1, int(calls * share)))
 
         def run(self, density, run):
-            for _ in range(10):
-                draws = density.prior(self.num_samples)
+            draws = density.prior(self.num_samples)
             return Draws({n: v[None] for n, v in draws.values.items()}, "iid")
 
     posterior = infer(toy(1.0), Guesser(), calls=5000)
@@ -140,7 +139,7 @@ def test_a_wrong_guess_of_the_engine_is_put_right_and_said():
     assert any("trial" in note for note in posterior.diagnostics.notes)
     del Guesser.sized
     posterior = infer(toy(1.0), Guesser(), calls=5000)
-    assert posterior.cost.calls == 1000
+    assert posterior.cost.calls == 100
     assert any("cannot be sized" in note for note in posterior.diagnostics.notes)
 
 
