@@ -13,7 +13,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from scipy.optimize import minimize
-from test_contract import beta_bernoulli, discrete_net, gamma_poisson
+from test_contract import beta_bernoulli, discrete_net, poisson_rates
 from test_laplace import bimodal
 from torch import Tensor
 
@@ -58,9 +58,9 @@ def by_scipy(problem: Problem) -> np.ndarray:
     ],
 )
 def test_the_mode_depends_on_the_coordinates_as_it_should(space, beta, gamma):
-    shared, own = infer(beta_bernoulli(), MAP(space=space)), infer(gamma_poisson(), MAP(space=space))
+    shared, own = infer(beta_bernoulli(), MAP(space=space)), infer(poisson_rates(), MAP(space=space))
     assert float(shared.draws["p"]) == pytest.approx(beta, abs=1e-8)
-    expected = gamma(gamma_poisson().args[0])
+    expected = gamma(poisson_rates().args[0])
     torch.testing.assert_close(own.draws["rate"][0, 0], expected, rtol=0, atol=1e-7)
     for posterior in (shared, own):
         assert posterior.kind == "point"
