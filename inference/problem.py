@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,6 +25,10 @@ class Reference:
     standard errors in the same shapes (missing: zero). `log_evidence` is in nats. `provenance` says in a
     sentence where the numbers come from. `log_weights` are the exact log p(x, z) of discrete latents over
     their support, (K, *batch), where the support is small enough to list.
+
+    `draws` are draws of the posterior, site -> (S, *batch, *event), or a function of nothing that makes them when they
+    are first looked at; independent ones where `draw_log_weights` is None, else points that have these log weights,
+    (S, *batch), unnormalised.
     """
 
     kind: str
@@ -35,6 +39,8 @@ class Reference:
     log_evidence: Evidence | None = None
     provenance: str = ""
     log_weights: Tensor | None = None
+    draws: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] = field(default_factory=dict)
+    draw_log_weights: Tensor | None = None
 
     KINDS = ("exact", "quadrature", "mcmc", "none")
 
@@ -47,6 +53,51 @@ class Reference:
                     f"Reference site {name!r}: mean has shape {tuple(self.mean[name].shape)}, "
                     f"sd {tuple(self.sd[name].shape)}; they must agree."
                 )
+        if callable(self.draws):
+            object.__setattr__(self, "draws", _Later(self.draws, self._check_draws))
+        else:
+            self._check_draws(self.draws)
+
+    def _check_draws(self, draws: Mapping[str, Tensor]) -> None:
+        weights = self.draw_log_weights
+        for name, values in draws.items():
+            if name in self.mean and values.shape[1:] != self.mean[name].shape:
+                raise ProblemError(
+                    f"Reference site {name!r}: draws have shape {tuple(values.shape)}; expected (S, "
+                    f"{', '.join(map(str, self.mean[name].shape))}), as the mean."
+                )
+            if weights is not None and values.shape[: weights.dim()] != weights.shape:
+                raise ProblemError(
+                    f"Reference site {name!r}: draws of shape {tuple(values.shape)} cannot have log weights of shape "
+                    f"{tuple(weights.shape)}; expected (S, *batch)."
+                )
+        if len({len(values) for values in draws.values()}) > 1:
+            raise ProblemError("Reference: every site needs the same number of draws.")
+
+
+class _Later(Mapping[str, Tensor]):
+    """Draws that are made, and checked, when they are first looked at."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Tensor]], check: Callable[[Mapping[str, Tensor]], None]) -> None:
+        self._make, self._check = make, check
+        self._made: Mapping[str, Tensor] | None = None
+
+    def _draws(self) -> Mapping[str, Tensor]:
+        if self._made is None:
+            with torch.no_grad():
+                made = self._make()
+            self._check(made)
+            self._made = made
+        return self._made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._draws()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._draws())
+
+    def __len__(self) -> int:
+        return len(self._draws())
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,8 @@ from ..problem import Problem, ProblemError
 from ..settings import check_optimizer, check_positive, settings
 from .enumeration import Enumeration
 
+FEWEST_STEPS = 40  # of which a trend can be told
+
 
 @settings
 class SVI:
@@ -148,14 +150,18 @@ class SVI:
         guide = make_guide(density, self._family(density))
         if run.warm:
             guide.load(run.warm)
+        losses: list[float] = []
         if guide.tensors:
             with run.tuning():
-                for _ in self._steps(density, guide, guide.tensors, run):
-                    pass
+                losses.extend(self._steps(density, guide, guide.tensors, run))
         notes = []
         if self.guide is None and self._family(density) is not None:
             notes.append(f"the problem has no guide: {self._family(density)} was used")
-        return guide_draws(density, guide, self.num_samples, tuple(notes))
+        draws = guide_draws(density, guide, self.num_samples, tuple(notes))
+        if len(losses) < FEWEST_STEPS:
+            return draws
+        drift = still_rising(losses) / max(math.prod(density.batch_shape), 1)
+        return replace(draws, figures={"elbo_drift": torch.tensor(drift, dtype=torch.float64)})
 
     def fit(self, density: Density, run: Run) -> Learned:
         """theta and phi move together, each step one gradient of the objective over both."""
@@ -198,6 +204,15 @@ class SVI:
     def loss(self, density: Density, guide: Guide) -> Tensor:
         """An estimate of minus the objective of all data, whose gradient is unbiased; () in nats."""
         return loss(density, guide, self.num_particles, self.objective, 0.5 if self.alpha is None else self.alpha)
+
+
+def still_rising(losses: list[float]) -> float:
+    """How much lower the mean loss of the last quarter of the steps is than that of the quarter before it, less three
+    standard errors of the difference, in nats; 0 where it is not."""
+    quarter = len(losses) // 4
+    before, last = torch.tensor(losses[-2 * quarter :], dtype=torch.float64).split(quarter)
+    error = ((before.var() + last.var()) / quarter).sqrt()
+    return max(0.0, float(before.mean() - last.mean() - 3 * error))
 
 
 def guide_draws(density: Density, guide: Guide, count: int, notes: tuple[str, ...] = ()) -> Draws:
