@@ -16,6 +16,32 @@ class ProblemError(ValueError):
     """The problem or its settings cannot be used as they are; the message says what to change."""
 
 
+class Later(Mapping[str, Tensor]):
+    """Draws that are made, by a function of nothing, when they are first looked at."""
+
+    def __init__(self, make: Callable[[], Mapping[str, Tensor]]) -> None:
+        self._make = make
+        self._made: Mapping[str, Tensor] | None = None
+        self.check: Callable[[Mapping[str, Tensor]], None] = lambda made: None
+
+    def _draws(self) -> Mapping[str, Tensor]:
+        if self._made is None:
+            with torch.no_grad():
+                made = self._make()
+            self.check(made)
+            self._made = made
+        return self._made
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._draws()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._draws())
+
+    def __len__(self) -> int:
+        return len(self._draws())
+
+
 @dataclass(frozen=True, eq=False)
 class Reference:
     """The truth to compare with, at one theta, with its own error.
@@ -26,9 +52,8 @@ class Reference:
     sentence where the numbers come from. `log_weights` are the exact log p(x, z) of discrete latents over
     their support, (K, *batch), where the support is small enough to list.
 
-    `draws` are draws of the posterior, site -> (S, *batch, *event), or a function of nothing that makes them when they
-    are first looked at; independent ones where `draw_log_weights` is None, else points that have these log weights,
-    (S, *batch), unnormalised.
+    `draws` are draws of the posterior, site -> (S, *batch, *event), `Later(function)` where they cost; independent
+    ones where `draw_log_weights` is None, else points that have these log weights, (S, *batch), unnormalised.
     """
 
     kind: str
@@ -39,7 +64,7 @@ class Reference:
     log_evidence: Evidence | None = None
     provenance: str = ""
     log_weights: Tensor | None = None
-    draws: Mapping[str, Tensor] | Callable[[], Mapping[str, Tensor]] = field(default_factory=dict)
+    draws: Mapping[str, Tensor] = field(default_factory=dict)
     draw_log_weights: Tensor | None = None
 
     KINDS = ("exact", "quadrature", "mcmc", "none")
@@ -53,8 +78,8 @@ class Reference:
                     f"Reference site {name!r}: mean has shape {tuple(self.mean[name].shape)}, "
                     f"sd {tuple(self.sd[name].shape)}; they must agree."
                 )
-        if callable(self.draws):
-            object.__setattr__(self, "draws", _Later(self.draws, self._check_draws))
+        if isinstance(self.draws, Later):
+            self.draws.check = self._check_draws
         else:
             self._check_draws(self.draws)
 
@@ -73,31 +98,6 @@ class Reference:
                 )
         if len({len(values) for values in draws.values()}) > 1:
             raise ProblemError("Reference: every site needs the same number of draws.")
-
-
-class _Later(Mapping[str, Tensor]):
-    """Draws that are made, and checked, when they are first looked at."""
-
-    def __init__(self, make: Callable[[], Mapping[str, Tensor]], check: Callable[[Mapping[str, Tensor]], None]) -> None:
-        self._make, self._check = make, check
-        self._made: Mapping[str, Tensor] | None = None
-
-    def _draws(self) -> Mapping[str, Tensor]:
-        if self._made is None:
-            with torch.no_grad():
-                made = self._make()
-            self._check(made)
-            self._made = made
-        return self._made
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._draws()[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._draws())
-
-    def __len__(self) -> int:
-        return len(self._draws())
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,9 @@ from scipy.special import lambertw
 from torch import Tensor
 
 from pyrometer.inference.posterior import Evidence
-from pyrometer.inference.problem import Problem, Reference
+from pyrometer.inference.problem import Later, Problem, Reference
 
-from . import _settings
+from . import _draws, _settings
 
 POSTERIOR_SD = math.sqrt(0.5)
 
@@ -90,12 +90,14 @@ def widening(nats: float) -> float:
 def reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
     """Posterior and evidence per datum in closed form; x (N)."""
     theta, x = parameters["theta"].double(), x.double()
+    mean = (x + theta) / 2
     return Reference(
         "exact",
-        mean={"z": (x + theta) / 2},
+        mean={"z": mean},
         sd={"z": torch.full_like(x, POSTERIOR_SD)},
         log_evidence=Evidence(dist.Normal(theta, math.sqrt(2.0)).log_prob(x), torch.zeros(()), "exact"),
         provenance="closed form: z | x is N((x + theta) / 2, 1/2) and x is N(theta, 2)",
+        draws=Later(lambda: {"z": mean + POSTERIOR_SD * _draws.normal(*x.shape)}),
     )
 
 

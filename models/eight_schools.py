@@ -33,7 +33,9 @@ import torch
 from torch import Tensor
 
 from pyrometer.inference.posterior import Evidence
-from pyrometer.inference.problem import Problem, ProblemError, Reference
+from pyrometer.inference.problem import Later, Problem, ProblemError, Reference
+
+from . import _draws
 
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
 STANDARD_ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
@@ -114,23 +116,14 @@ def reference(parameters: Mapping[str, Tensor], y: Tensor, sigma: Tensor, sites:
         sd_error={site: error[f"{site} sd"] for site in sites},
         log_evidence=Evidence(fine["log evidence"], error["log evidence"], "estimate"),
         provenance="theta and mu integrated in closed form, log tau by the trapezoidal rule; error from twice the step",
+        draws=Later(lambda: {site: values for site, values in _drawn(u, y, sigma).items() if site in sites}),
     )
 
 
 def _integrate(u: Tensor, y: Tensor, sigma: Tensor) -> dict[str, Tensor]:
     """The trapezoidal rule on the grid u = log tau, for all that the reference reports."""
-    tau = u.exp()
-    v = sigma.square() + tau[:, None].square()  # (G, J)
-    precision = 1 / MU_SCALE**2 + (1 / v).sum(1)
-    m = (y / v).sum(1) / precision
-    log_weight = (
-        -0.5 * (y.square() / v + (2 * math.pi * v).log()).sum(1)
-        + 0.5 * m.square() * precision
-        - 0.5 * (MU_SCALE**2 * precision).log()
-        + dist.HalfCauchy(u.new_tensor(TAU_SCALE)).log_prob(tau)
-        + u  # d tau = tau du
-        + (u[1] - u[0]).log()
-    )
+    tau, v, precision, m, log_density = _given_tau(u, y, sigma)
+    log_weight = log_density + (u[1] - u[0]).log()
     b = tau[:, None].square() / v
     gain = tau[:, None] / v
     given_tau = {  # mean and variance, (G) or (G, J)
@@ -146,3 +139,29 @@ def _integrate(u: Tensor, y: Tensor, sigma: Tensor) -> dict[str, Tensor]:
         spread = torch.tensordot(weight, variance + (mean - overall).square(), 1)
         result |= {f"{site} mean": overall, f"{site} sd": spread.sqrt()}
     return result
+
+
+def _given_tau(u: Tensor, y: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """At u = log tau (G): tau, v (G, J), P, m, and the log density of u and y, in nats."""
+    tau = u.exp()
+    v = sigma.square() + tau[:, None].square()
+    precision = 1 / MU_SCALE**2 + (1 / v).sum(1)
+    m = (y / v).sum(1) / precision
+    log_density = (
+        -0.5 * (y.square() / v + (2 * math.pi * v).log()).sum(1)
+        + 0.5 * m.square() * precision
+        - 0.5 * (MU_SCALE**2 * precision).log()
+        + dist.HalfCauchy(u.new_tensor(TAU_SCALE)).log_prob(tau)
+        + u  # d tau = tau du
+    )
+    return tau, v, precision, m, log_density
+
+
+def _drawn(u: Tensor, y: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+    """Draws of every site, (S) or (S, J): log tau by the grid u (G), then mu given tau, then eta given both."""
+    at = _draws.of_grid(torch.softmax(_given_tau(u, y, sigma)[-1], 0))
+    tau, v, precision, m, _ = _given_tau(_draws.within_cells(u[at], float(u[1] - u[0])), y, sigma)
+    mu = m + _draws.normal(seed=2) / precision.sqrt()
+    gain = tau[:, None] / v
+    eta = gain * (y - mu[:, None]) + sigma / v.sqrt() * _draws.normal(len(y), seed=3)
+    return {"mu": mu, "tau": tau, "theta": mu[:, None] + tau[:, None] * eta, "eta": eta}

@@ -36,9 +36,9 @@ from pyro.distributions import TorchDistribution, constraints
 from torch import Tensor
 
 from pyrometer.inference.posterior import Evidence
-from pyrometer.inference.problem import Problem, ProblemError, Reference
+from pyrometer.inference.problem import Later, Problem, ProblemError, Reference
 
-from . import _settings
+from . import _draws, _settings
 
 MERGING_WEIGHTS = (0.4, 0.6)
 MERGING_LOCS = (-2.0, 4.0)
@@ -236,6 +236,8 @@ def _listed(log_weights: Tensor) -> Reference:
         log_evidence=Evidence(torch.logsumexp(log_weights, 0), torch.zeros(()), "exact"),
         provenance="enumeration of z",
         log_weights=log_weights,
+        draws={"z": torch.arange(len(weights))[:, None].expand(log_weights.shape)},
+        draw_log_weights=log_weights,
     )
 
 
@@ -327,7 +329,15 @@ def merging_reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
         sd_error={"locs": error[1]},
         log_evidence=Evidence(evidence, error[2], "estimate"),
         provenance=f"z summed out, both locs on a {len(grid)} x {len(grid)} grid; error from twice the step",
+        draws=Later(lambda: {"locs": _merging_draws(grid, log_joint)}),
     )
+
+
+def _merging_draws(grid: Tensor, log_joint: Tensor) -> Tensor:
+    """Draws (S, 2) of the two locs by the grid of their log density (G, G)."""
+    at = _draws.of_grid((log_joint - log_joint.max()).exp().flatten())
+    points = torch.stack([grid[at // len(grid)], grid[at % len(grid)]], -1)
+    return _draws.within_cells(points, float(grid[1] - grid[0]))
 
 
 def _integrate(grid: Tensor, log_joint: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -22,9 +22,9 @@ from pyro.distributions import constraints
 from torch import Tensor
 
 from pyrometer.inference.posterior import Evidence
-from pyrometer.inference.problem import Problem, ProblemError, Reference
+from pyrometer.inference.problem import Later, Problem, ProblemError, Reference
 
-from . import _settings
+from . import _draws, _settings
 
 BENCH = {"num_data": 50}  # settings that it joins a benchmark with
 
@@ -102,6 +102,7 @@ def reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
         sd={"z": covariance.diagonal().sqrt().expand_as(mean)},
         log_evidence=Evidence(dist.MultivariateNormal(mu, marginal).log_prob(x), torch.zeros(()), "exact"),
         provenance="closed form, Tipping and Bishop (1999), doi:10.1111/1467-9868.00196",
+        draws=Later(lambda: {"z": mean + _draws.normal(*mean.shape) @ torch.linalg.cholesky(covariance).T}),
     )
 
 

@@ -18,7 +18,7 @@ Source: Kingma and Welling (2014), arXiv:1312.6114.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import pyro
@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from pyrometer.inference.posterior import Evidence
-from pyrometer.inference.problem import Problem, ProblemError, Reference
+from pyrometer.inference.problem import Later, Problem, ProblemError, Reference
 
-from . import _settings
+from . import _draws, _settings
 
 LIKELIHOODS = ("bernoulli", "gaussian")
 RULES = ("threshold", "stochastic")
@@ -183,9 +183,17 @@ def reference(parameters: Mapping[str, Tensor], x: Tensor, *, decoder: nn.Module
         per_datum = x.new_zeros(len(x))
     cell = latent_dim * math.log(2 * GRID_EDGE / (points - 1))
 
+    def log_joints() -> Iterator[Tensor]:  # (B, G), a block of data at a time
+        for rows, offset in zip(x.split(size := max(1, _BLOCK // len(z))), per_datum.split(size), strict=True):
+            yield rows @ slope.T + per_point + offset[:, None]
+
+    def draws() -> dict[str, Tensor]:
+        weights = ((block - block.amax(1, keepdim=True)).clamp_min(-700).exp() for block in log_joints())
+        at = torch.cat([_draws.of_grid(block, seed=i) for i, block in enumerate(weights)], 1)
+        return {"z": _draws.within_cells(z[at], float(axis[1] - axis[0]))}
+
     blocks = []
-    for rows, offset in zip(x.split(size := max(1, _BLOCK // len(z))), per_datum.split(size), strict=True):
-        log_joint = rows @ slope.T + per_point + offset[:, None]  # (B, G)
+    for log_joint in log_joints():
         fine = _integrate(log_joint, z, cell)
         halved = _integrate(log_joint[:, coarse], z[coarse], cell + latent_dim * math.log(2))
         leak = torch.logsumexp(log_joint[:, edge], 1) + cell - fine[0] > math.log(1e-8)
@@ -200,6 +208,7 @@ def reference(parameters: Mapping[str, Tensor], x: Tensor, *, decoder: nn.Module
         sd_error={"z": sd_error},
         log_evidence=Evidence(evidence, evidence_error, "estimate"),
         provenance=f"trapezoidal rule on {points} points an axis over [-8, 8], float64; error from twice the step",
+        draws=Later(draws),
     )
 
 
