@@ -90,7 +90,8 @@ def compare(
 ) -> None:
     """Compare engines on MODEL, at its own theta or at those that learners find.
 
-    Each engine is judged against the truth, where it is known, at the same theta. What cannot run says why.
+    Each engine is judged against the truth, where it is known, at the same theta. What cannot run says why. The file of
+    --json has every measure there is, the table those for which it has room.
     """
     _check_writable(json_path)
     from pyrometer.inference.registry import engines as all_engines
@@ -105,8 +106,9 @@ def compare(
     words += [word for assignment in assignments for word in ("--set", assignment)]
     with _announcer() as announce:
         steps = judge(
-            problem, chosen, learn=learners, seed=seed, device=device, announce=announce, progress=announce.progress
-        )
+            problem, chosen, learn=learners, seed=seed, device=device, announce=announce, progress=announce.progress,
+            every=json_path is not None,
+        )  # fmt: skip
         found, ended = _collect(steps)
     comparison = gather(problem, found, seed=seed, command=shlex.join(map(str, words)), complete=ended is None)
     _deliver(comparison, comparison.to_json, json_path, ended)

@@ -20,7 +20,7 @@ from pyrometer.inference.problem import Reference
 
 from .facts import as_text, describe, machine, plain, versions, write_json
 from .methods import engines_from, learners_from, row_seed, settings, trained
-from .metrics import METRICS, HeldOut, Score, held_out_log_likelihood
+from .metrics import HeldOut, Score, held_out_log_likelihood, measure
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
@@ -177,12 +177,13 @@ def judge(
     on: Problem | None = None,
     announce: Callable[[str], None] = lambda text: None,
     fits: dict[str, Fit] | None = None,
+    every: bool = False,
 ) -> Iterator[Theta | Row]:
     """`compare`, one result at a time as each is ready: a `Theta`, then its `Row`s, for each learner in turn.
 
     `on` is the problem that the engines are judged on, where it is not the one learned from (fewer data, say).
-    `announce` is told what runs next, `fits` collects what was learned, by learner. Raises ProblemError at the call,
-    before the first result is asked for.
+    `announce` is told what runs next, `fits` collects what was learned, by learner; `every` takes all the metrics there
+    are. Raises ProblemError at the call, before the first result is asked for.
     """
     chosen = engines_from(engines)
     check_problem(problem)
@@ -224,7 +225,7 @@ def judge(
                     yield replace(row, status=Status("unsupported", refusals[name]))
                 else:
                     announce(name + (f" at the theta of {learner_name}" if learner_name else ""))
-                    yield _judged(target, row, engine, parameters, reference, progress, device)
+                    yield _judged(target, row, engine, parameters, reference, progress, device, every)
 
     return run()
 
@@ -245,17 +246,18 @@ def learned(
 
 
 def _judged(
-    problem: Problem, row: Row, engine: Any, parameters: Any, reference: Reference, progress: Progress, device: Any
-) -> Row:
+    problem: Problem, row: Row, engine: Any, parameters: Any, reference: Reference, progress: Progress, device: Any,
+    every: bool = False,
+) -> Row:  # fmt: skip
     """The row of what the engine answers at these parameters."""
     try:
         posterior = infer(problem, engine, seed=row.seed, parameters=parameters, progress=progress, device=device)
     except ProblemError as error:
         return replace(row, status=Status("unsupported", str(error)))
-    return judged(row, posterior, reference)
+    return judged(row, posterior, reference, every)
 
 
-def judged(row: Row, posterior: Posterior, reference: Reference) -> Row:
+def judged(row: Row, posterior: Posterior, reference: Reference, every: bool = False) -> Row:
     """The row with all that the engine's posterior says, and how far that is from the truth at its theta."""
     if not posterior.status.done:
         return replace(row, status=posterior.status, cost=posterior.cost)
@@ -263,7 +265,7 @@ def judged(row: Row, posterior: Posterior, reference: Reference) -> Row:
     notes = (f"no draws of {', '.join(missing)} to compare",) if missing else ()
     return replace(
         row,
-        errors={title: score for title, of in METRICS.items() if (score := of(posterior, reference)) is not None},
+        errors=measure(posterior, reference, every),
         log_evidence=PerDatum.of(posterior.log_evidence),
         level=posterior.diagnostics.level,
         verdict=posterior.diagnostics.verdict,

@@ -25,13 +25,22 @@ SMALLEST_SD = 1e-8
 Metric = Callable[[Posterior, Reference], "Score | None"]
 
 METRICS: dict[str, Metric] = {}  # title in the table -> metric, in the order of definition
+BETTER: dict[str, str] = {}  # title -> 'lower', 'higher', or '' where neither is better
+MORE: set[str] = set()  # titles of those that records have and the table on a terminal has no room for
 
 
-def metric(title: str) -> Callable[[Metric], Metric]:
-    """Make a function (posterior, reference) -> Score | None part of every comparison, under this title."""
+def metric(title: str, *, shown: bool = True, better: str = "lower") -> Callable[[Metric], Metric]:
+    """Make a function (posterior, reference) -> Score | None part of every comparison, under this title.
+
+    `shown=False`: it is computed where all measures are asked for (`measure`), and not printed in the table. `better`
+    is 'lower', 'higher' or ''.
+    """
 
     def register(function: Metric) -> Metric:
         METRICS[title] = function
+        BETTER[title] = better
+        if not shown:
+            MORE.add(title)
         return function
 
     return register
@@ -39,20 +48,33 @@ def metric(title: str) -> Callable[[Metric], Metric]:
 
 @dataclass(frozen=True)
 class Score:
-    """An error over all entries of all sites: its average, its largest entry, and where that is.
+    """A measure over all entries of all sites: its average, its worst entry, and where that is.
 
-    `reference_error` is the average error of the truth itself, in the same units. An average below it says only
-    that the engine is as good as the reference can tell (`at_reference_precision`).
+    The worst is the largest, or the smallest of a measure of which more is better. `reference_error` is the average
+    error of the truth itself, in the same units. An average below it says only that the engine is as good as the
+    reference can tell (`at_reference_precision`). `std_error` is that of the average, where it can be told.
     """
 
     average: float
     largest: float
     where: str
     reference_error: float = 0.0
+    std_error: float | None = None
 
     @property
     def at_reference_precision(self) -> bool:
         return self.average <= self.reference_error
+
+
+def measure(posterior: Posterior, reference: Reference, every: bool = False) -> dict[str, Score]:
+    """Title -> score, of the metrics that apply: those of the table, or `every` one there is, which takes seconds.
+
+    Raises ProblemError where the reference's shapes are not the posterior's.
+    """
+    if every:
+        from . import distances, scores  # noqa: F401  (they join METRICS by being imported)
+    chosen = {title: of for title, of in METRICS.items() if every or title not in MORE}
+    return {title: score for title, of in chosen.items() if (score := of(posterior, reference)) is not None}
 
 
 @metric("error of means")
@@ -81,14 +103,22 @@ def total_variation(posterior: Posterior, reference: Reference) -> Score | None:
     From 0 to 1. Of a latent without order a mean and an sd say nothing, and where one value is all but certain its
     sd is all but zero.
     """
+    known = discrete(posterior, reference)
+    if known is None:
+        return None
+    site, exact, found = known
+    error = 0.5 * (found - exact).abs().sum(-1)
+    return Score(float(error.mean()), _largest(error), site + _place(error))
+
+
+def discrete(posterior: Posterior, reference: Reference) -> tuple[str, Tensor, Tensor] | None:
+    """The site, its exact probabilities (*batch, K) and the answer's; None where they are not known."""
     sites = [site for site in reference.mean if site in posterior.draws]
     if reference.log_weights is None or len(sites) != 1:
         return None
-    exact = torch.softmax(reference.log_weights.double(), 0).movedim(0, -1)  # (*batch, K)
+    exact = torch.softmax(reference.log_weights.double(), 0).movedim(0, -1)
     values = torch.arange(exact.shape[-1])
-    found = posterior.expectation(lambda draws: draws[sites[0]].long()[..., None] == values)
-    error = 0.5 * (found - exact).abs().sum(-1)
-    return Score(float(error.mean()), _largest(error), sites[0] + _place(error))
+    return sites[0], exact, posterior.expectation(lambda draws: draws[sites[0]].long()[..., None] == values)
 
 
 def _score(

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .metrics import METRICS, HeldOut, Score
+from .metrics import METRICS, MORE, HeldOut, Score
 
 if TYPE_CHECKING:
     from .comparison import Comparison, PerDatum, Row, Theta
@@ -64,7 +64,8 @@ def render(comparison: Comparison, width: int = 120, ascii_only: bool = False) -
     parts: list[RenderableType] = [_title(comparison)]
     if learned:
         parts += [_learners(learned, notes, style)]
-    metrics = [title for title in METRICS if any(title in row.errors for row in comparison.rows)]
+    known = [title for title in METRICS if title not in MORE]
+    metrics = [title for title in known if any(title in row.errors for row in comparison.rows)]
     for theta in comparison.thetas:
         parts += [_engines(comparison, theta, metrics[:SHOWN_FIRST], notes, style)]
         if metrics[SHOWN_FIRST:]:

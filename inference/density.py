@@ -328,6 +328,17 @@ class Density:
 
         return self._map(one, torch.zeros(count) if given is None else given, count, random=True)
 
+    def predict(self, values: Values) -> dict[str, Tensor]:
+        """Data drawn from the model given its latents, site -> (*sample, *batch, *other plates, *event)."""
+
+        def one(v: Any) -> dict[str, Tensor]:
+            given = self._given(v)
+            with Scribe(self.sites, given, minibatch=self._minibatch, want=_DRAWN) as scribe, Unobserved():
+                self.problem.model(*self.args, **self.kwargs)
+            return {n: v for n, v in scribe.reading.values.items() if self.sites[n].role == "observed"}
+
+        return self._over_samples(one, values, random=True)
+
     @contextmanager
     def substituted(self, data: Mapping[int | str, Tensor]) -> Iterator[None]:
         """Inside, the program's arguments at these positions or names are others."""
