@@ -187,6 +187,67 @@ def report(runs: Path, out: Path, against: Path | None, show: bool) -> None:
         click.launch(str(written.page))
 
 
+@main.command()
+@click.argument("model")
+@click.argument("engine")
+@click.option("--replicates", type=int, default=200, show_default=True, help="Data sets, or data, to simulate.")
+@click.option("--draws", type=int, default=99, show_default=True, help="That each truth is ranked among, at most.")
+@click.option("--rounds", type=int, default=3, show_default=True, help="Four times as many each, while in doubt.")
+@click.option("--set", "assignments", multiple=True, metavar="KEY=VALUE", help="A setting, as for compare.")
+@seed_option
+@json_option
+@click.option(
+    "--picture",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Draw the rank ECDFs with their bands to this PNG.",
+)
+@click.pass_context
+def calibrate(
+    ctx: click.Context,
+    model: str,
+    engine: str,
+    replicates: int,
+    draws: int,
+    rounds: int,
+    assignments: tuple[str, ...],
+    seed: int,
+    json_path: Path | None,
+    picture: Path | None,
+) -> None:
+    """Is ENGINE right on MODEL? Simulation-based calibration, at the model's own theta.
+
+    Latents and data are drawn from the model, the latents inferred from the data, and the true ones ranked among the
+    draws: ranks are uniform if the answer is the posterior. Exit code 1 where it is not, or cannot be told.
+    """
+    _check_writable(json_path)
+    _check_writable(picture, "--picture")
+    from .calibrate import calibrate as run
+    from .settings import configure
+
+    problem, chosen, _ = configure(model, engine, None, assignments)
+    if len(chosen) != 1:
+        raise Mistake(f"calibrate takes one engine, got {len(chosen)}: {', '.join(chosen)}.")
+    words: list[Any] = ["pyrometer", "calibrate", model, engine, "--replicates", replicates, "--draws", draws]
+    words += ["--rounds", rounds, "--seed", seed]
+    words += [word for assignment in assignments for word in ("--set", assignment)]
+    (method,) = chosen.values()
+    with _announcer() as announce:
+        announce(f"calibrating {engine} on {model}")
+        found = run(
+            problem, method, replicates=replicates, draws=draws, rounds=rounds, seed=seed, progress=announce.progress,
+            command=shlex.join(map(str, words)),
+        )  # fmt: skip
+    _deliver(found, found.to_json, json_path, None)
+    if picture is not None:
+        from .calibrate_report import picture as draw
+
+        try:
+            draw(found, picture)
+        except OSError as error:
+            raise Mistake(f"--picture {picture}: {error.strerror or error}.") from error
+    ctx.exit(0 if found.passed else 1)
+
+
 @main.command(name="list")
 @click.option("--serves", "matrix", is_flag=True, help="Which engine runs on which model, and why not, as markdown.")
 def list_(matrix: bool) -> None:

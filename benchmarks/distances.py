@@ -261,9 +261,10 @@ def mode_coverage(posterior: Posterior, reference: Reference) -> Score | None:
     """Share of the truth's modes that hold at least half of their mass, over the data whose truth has several; None
     where none has. Modes are where mean shift on the truth's draws ends (Silverman's bandwidth), 5 % of the mass or
     more, with a dip of the density to half between them; a draw belongs to the mode of the nearest draw of the truth.
+    More than three latents are looked at along the two axes of the truth's largest variance.
     """
     shares, where = [], []
-    for pair in pairs(posterior, reference, DATA, 400):
+    for pair in map(_along_two, pairs(posterior, reference, DATA, 400)):
         labels = modes(pair.y, pair.wy)
         masses = torch.stack([pair.wy[labels == k].sum() for k in range(int(labels.max()) + 1)])
         if len(masses) < 2:
@@ -273,6 +274,14 @@ def mode_coverage(posterior: Posterior, reference: Reference) -> Score | None:
         shares.append(float((held >= masses / 2).double().mean()))
         where.append(pair.where)
     return summary(shares, where, better="higher") if shares else None
+
+
+def _along_two(pair: Pair) -> Pair:
+    if pair.y.shape[1] <= 3:
+        return pair
+    centre = pair.wy @ pair.y
+    axes = torch.linalg.svd((pair.wy.sqrt()[:, None] * (pair.y - centre)), full_matrices=False).Vh[:2].T
+    return replace(pair, x=(pair.x - centre) @ axes, y=(pair.y - centre) @ axes)
 
 
 def modes(y: Tensor, w: Tensor) -> Tensor:

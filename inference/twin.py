@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -41,22 +42,32 @@ def as_arguments(density: Density, drawn: dict[str, Tensor], places: dict[str, P
     return data
 
 
-def twin(density: Density) -> tuple[Problem, dict[str, Tensor]]:
-    """The problem on as many data drawn from its model at theta, and the latents that they were drawn with,
-    site -> (*batch, *event): exact draws from the posterior of these data. Raises `ProblemError` where the model cannot
-    be drawn from, or an argument does not hold the data alone."""
+def simulated(density: Density) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
+    """As many data drawn from the model at theta as there are, as arguments, and the latents that they were drawn
+    with, site -> (*batch, *event). Raises `ProblemError` where the model cannot be drawn from, or an argument does not
+    hold the data alone."""
     places, lost = observing_arguments(density)
     if lost:
         raise ProblemError(
             f"no argument alone holds the data of site {lost!r}: observe an argument as it is passed (obs=x)."
         )
     drawn = {name: value[0] for name, value in density.simulate(1).items()}
-    data = as_arguments(density, drawn, places)
-    problem = density.problem
+    latents = {name: value for name, value in drawn.items() if name in density.latents}
+    return as_arguments(density, drawn, places), latents
+
+
+def observing(problem: Problem, data: Mapping[Place, Tensor]) -> Problem:
+    """The problem on these data."""
     args = tuple(data[i].to(v) if i in data else v for i, v in enumerate(problem.args))
     kwargs = {k: data[k].to(v) if k in data else v for k, v in problem.kwargs.items()}
-    latents = {name: value for name, value in drawn.items() if name in density.latents}
-    return replace(problem.on(*args), kwargs=kwargs), latents
+    return replace(problem.on(*args), kwargs=kwargs)
+
+
+def twin(density: Density) -> tuple[Problem, dict[str, Tensor]]:
+    """The problem on `simulated` data, and the latents that they were drawn with: exact draws from the posterior of
+    these data. Raises `ProblemError` as that does."""
+    data, latents = simulated(density)
+    return observing(density.problem, data), latents
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
