@@ -159,8 +159,9 @@ def calibrate(
         if last.failures or not (tiny <= last.p_value < suspicious):
             break
     state, verdict = _verdict(done[-1], found, tiny, suspicious)
-    facts = {"seed": seed, "settings": settings(method), "command": command}
-    return Calibration(problem.name, label(method), state, verdict, tuple(done), found, false_alarm, **facts)
+    return Calibration(
+        problem.name, label(method), state, verdict, tuple(done), found, false_alarm, seed, settings(method), command
+    )
 
 
 # -- simulate and infer ----------------------------------------------------------------------------------------------

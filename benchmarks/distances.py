@@ -313,8 +313,8 @@ def modes(y: Tensor, w: Tensor) -> Tensor:
     if not large:
         return torch.zeros(m, dtype=torch.long)
     nearest = torch.cdist(at, torch.stack([ends[k] for k in large])).argmin(1)
-    for new, k in enumerate(large):
-        nearest[labels == k] = new
+    for number, mode in enumerate(large):
+        nearest[labels == mode] = number
     return nearest
 
 

@@ -239,12 +239,18 @@ class Scribe(Messenger):
 
 
 class Unobserved(Messenger):
-    """Draws what the program observes. `poutine.uncondition` does so to deterministic sites as well, and draws them
-    anew for each element of their plates."""
+    """Draws what the program observes, in the shape of the data where these are more than the distribution says.
+    `poutine.uncondition` does so to deterministic sites as well, and draws them anew for each element of their plates.
+    """
 
     def _pyro_sample(self, msg: Message) -> None:
-        if msg["is_observed"] and not (msg["infer"] or {}).get("_deterministic"):
-            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+        if not msg["is_observed"] or (msg["infer"] or {}).get("_deterministic"):
+            return
+        fn, value = msg["fn"], msg["value"]
+        if isinstance(value, Tensor) and not site_is_subsample(msg):
+            batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - fn.event_dim])
+            msg["fn"] = fn if batch == fn.batch_shape else fn.expand(batch)
+        msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
 # In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place. Of a
