@@ -22,6 +22,7 @@ from pyrometer.inference.problem import ProblemError, Reference
 from pyrometer.inference.statistics import k_hat_threshold, psis
 
 from .distances import DATA, fewer, summary
+from .methods import row_seed
 from .metrics import Score, metric
 
 DRAWS = 500
@@ -30,9 +31,13 @@ INTERVAL = 0.9
 
 @contextmanager
 def density_of(posterior: Posterior) -> Iterator[Density]:
-    """The density that the posterior is of; its random numbers are the same every time."""
+    """The density that the posterior is of; its random numbers are the same every time, and not those of the draws."""
     assert posterior.problem is not None
-    with isolated(0), torch.no_grad(), Density(posterior.problem, parameters=posterior.parameters) as density:
+    with (
+        isolated(row_seed(posterior.seed, "measures")),
+        torch.no_grad(),
+        Density(posterior.problem, parameters=posterior.parameters) as density,
+    ):
         yield density
 
 

@@ -97,7 +97,7 @@ def test_few_effective_draws_are_enough(weighted):
     assert weighted or found.state == "passed", str(found)  # weights of 40 draws are biased by one in 40
 
 
-# -- discrete latents, real engines ------------------------------------------------------------------------------------
+# -- discrete latents, real engines -----------------------------------------------------------------------------------
 
 
 @settings
@@ -182,7 +182,7 @@ def test_a_wrong_posterior_of_one_latent_is_rejected_at_full_size(wrong):
     assert found.state == "rejected", str(found)
 
 
-# -- how it goes about it ----------------------------------------------------------------------------------------------
+# -- how it goes about it ---------------------------------------------------------------------------------------------
 
 
 def test_one_inference_serves_as_many_data_as_are_asked_for(monkeypatch):
@@ -269,7 +269,7 @@ def test_simulations_leave_deterministic_sites_alone():
     assert (ratio - 1).abs().max() < 4.9 * (2 / 4000) ** 0.5
 
 
-# -- p-values, bands, pictures -----------------------------------------------------------------------------------------
+# -- p-values, bands, pictures ----------------------------------------------------------------------------------------
 
 
 def test_p_values_of_uniform_ranks_are_honest():
