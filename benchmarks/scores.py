@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from pyrometer.inference import Posterior
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 from pyrometer.inference.guides import AutoGuide, make_guide
-from pyrometer.inference.posterior import Evidence
+from pyrometer.inference.posterior import Cost, Evidence
 from pyrometer.inference.problem import ProblemError, Reference
 from pyrometer.inference.statistics import k_hat_threshold, psis
 
@@ -167,16 +168,22 @@ def effective(posterior: Posterior) -> Tensor | None:
     return None
 
 
+@metric("ESS", shown=False, better="higher")
+def effective_draws(posterior: Posterior, reference: Reference) -> Score | None:
+    """Effective number of draws of a datum's worst latent; of independent draws, their number, however wrong q is."""
+    return _rate(posterior, 1.0)
+
+
 @metric("ESS per call", shown=False, better="higher")
 def ess_per_call(posterior: Posterior, reference: Reference) -> Score | None:
-    """Effective draws of a datum's worst latent for each call of the density, a value or a gradient, tuning with it."""
+    """The same for each call of the density, a value or a gradient, tuning with it."""
     return _rate(posterior, posterior.cost.evaluations + posterior.cost.gradients)
 
 
-@metric("ESS per second", shown=False, better="higher")
-def ess_per_second(posterior: Posterior, reference: Reference) -> Score | None:
-    """Effective draws of a datum's worst latent for each second, tuning with it, compilation left out."""
-    return _rate(posterior, posterior.cost.seconds - posterior.cost.compile_seconds)
+def per_second(ess: Score, cost: Cost) -> Score | None:
+    """ESS for each second, tuning with it, compilation left out. No metric, for those are the same in every run."""
+    seconds = cost.seconds - cost.compile_seconds
+    return replace(ess, average=ess.average / seconds, largest=ess.largest / seconds) if seconds > 0 else None
 
 
 def _rate(posterior: Posterior, cost: float) -> Score | None:

@@ -453,7 +453,7 @@ def test_json_is_strict_and_whole(full, tmp_path):
     path = full.to_json(tmp_path / "out.json")
     read = json.loads(path.read_text(), parse_constant=refuse)
     assert read == full.to_dict()
-    undefined = {"average": "nan", "largest": "inf", "where": "z", "reference_error": 0.0}
+    undefined = {"average": "nan", "largest": "inf", "where": "z", "reference_error": 0.0, "std_error": None}
     assert read["rows"][2]["errors"] == {MEANS: undefined}
     assert read["rows"][0]["log_evidence"]["refined"]["value"] == -141.5
     assert read["rows"][3]["status"] == {"state": "unsupported", "reason": "site 'z' is continuous"}

@@ -32,13 +32,14 @@ from pyrometer.benchmarks.distances import (
 from pyrometer.benchmarks.metrics import BETTER, METRICS, MORE, measure
 from pyrometer.benchmarks.scores import (
     bracket_width,
+    effective_draws,
     elpd,
     ess_per_call,
-    ess_per_second,
     evidence_error,
     evidence_z,
     forward_ess,
     kernel_stein,
+    per_second,
     predictive_coverage,
     reverse_ess,
     stein,
@@ -387,7 +388,11 @@ def test_effective_draws_for_their_price():
     )
     score = ess_per_call(chains, Reference("none"))
     assert (score.average, score.largest, score.where) == pytest.approx((0.4, 0.2, "[0]"))
-    assert ess_per_second(chains, Reference("none")).average == pytest.approx(10.0)
+    ess = effective_draws(chains, Reference("none"))
+    assert (ess.average, ess.largest) == (40.0, 20.0)
+    rate = per_second(ess, cost)
+    assert (rate.average, rate.largest, rate.where) == (10.0, 5.0, "[0]")
+    assert per_second(ess, Cost()) is None
     log_w = torch.tensor([0.0, 0.0, -math.inf, -math.inf])[None]
     weighted = replace(
         chains, draws={"z": torch.zeros(1, 4)}, log_weights=log_w, kind="weighted", batch_shape=(),
