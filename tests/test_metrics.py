@@ -148,6 +148,9 @@ def test_classifiers_by_their_best_possible_accuracy():
     weights = torch.softmax(x[:, 0], 0)  # N(0, 1) weighted by exp(x) is N(1, 1)
     assert two_sample(Pair("", x, weights, y + 1, w))[0] == pytest.approx(0.5, abs=0.06)
     assert two_sample(Pair("", x, w, y + 1, w))[0] > 0.65
+    for side in (1, -1):  # nor may the classifier learn without them
+        tilted = torch.softmax(side * x[:, 0], 0)
+        assert two_sample(Pair("", x, tilted, y, w))[0] == pytest.approx(stats.norm.cdf(0.5), abs=0.06)
 
 
 def test_fewer_draws_of_the_same_law():
@@ -526,14 +529,16 @@ def test_draws_of_references_have_its_moments(problem):
 
 
 def test_draws_of_ppca_are_correlated_as_they_should():
+    """A posterior correlation of -0.82; the errors of a covariance of 2,000 draws are 0.03, of which 4.9 are 0.15."""
     problem = ppca.problem(num_data=3)
-    from pyrometer.inference.density import Density
-
-    theta = Density(problem).theta.values()
+    W = torch.tensor([[1.0, 1.0], [2.0, 1.5], [0.5, 0.6], [0.0, 0.3], [1.0, 0.9]], dtype=F64)
+    theta = {"W": W, "mu": torch.zeros(5, dtype=F64), "sigma": torch.ones((), dtype=F64)}
     draws = problem.reference_at(theta).draws["z"]
     covariance = ppca.posterior_map(theta["W"], theta["sigma"])[1]
+    sd = covariance.diagonal().sqrt()
+    assert covariance[0, 1] / (sd[0] * sd[1]) < -0.8
     for i in range(3):
-        assert torch.allclose(torch.cov(draws[:, i].T), covariance, atol=0.11 * float(covariance.diagonal().max()))
+        assert ((torch.cov(draws[:, i].T) - covariance) / sd / sd[:, None]).abs().max() < 0.15
 
 
 def test_draws_are_made_when_they_are_looked_at():
