@@ -122,11 +122,20 @@ def test_discrete_latents():
 
 
 def test_an_engine_that_sums_a_latent_out():
-    """Importance sampling of the two locs, clusters summed out; the quantities are of what is left."""
-    problem = gaussian_mixture.problem(case="merging", num_data=6)
-    found = calibrate(problem, ImportanceSampling(proposal="prior", num_samples=2000), replicates=100, rounds=1)
-    assert found.rounds[0].replicates == 100
+    """The quantities are of what is left, the log likelihood too; a guide that was not fitted is refused."""
+
+    def model(x):
+        with pyro.plate("data", x.shape[0]):
+            a = pyro.sample("a", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            k = pyro.sample("k", dist.Categorical(torch.tensor([0.5, 0.3, 0.2], dtype=F64)))
+            pyro.sample("x", dist.Normal(a + k, 0.7), obs=x)
+
+    problem = Problem(model, args=(torch.zeros(5, dtype=F64),))
+    found = calibrate(problem, ImportanceSampling(proposal="laplace", num_samples=1500), replicates=1000)
     assert found.state == "passed", str(found)
+    assert [q.name for q in found.quantities] == ["a", "log likelihood", "log prior", "a x a", "a x data"]
+    narrow = calibrate(problem, SVI(guide="AutoNormal", num_steps=1, num_samples=200), replicates=1000, rounds=1)
+    assert narrow.state == "rejected"
 
 
 @pytest.mark.parametrize(
@@ -273,10 +282,10 @@ def test_simulations_leave_deterministic_sites_alone():
 
 
 def test_p_values_of_uniform_ranks_are_honest():
-    """Each test on 2,000 sets of 200: below 0.05 and 0.005 as often as it should, within 4.9 binomial errors and a
+    """Each test on 1,000 sets of 200: below 0.05 and 0.005 as often as it should, within 4.9 binomial errors and a
     tenth (chi-squared and the spread are not quite their limits' laws)."""
     rng = np.random.default_rng(0)
-    found = [uniformity(rng.uniform(size=200)) for _ in range(2000)]
+    found = [uniformity(rng.uniform(size=200)) for _ in range(1000)]
     for name in found[0]:
         p = np.array([one[name] for one in found])
         for level in (0.05, 0.005):

@@ -226,7 +226,7 @@ def test_quantile_errors_of_shifts_and_widths():
 
 # -- engines known to be wrong ----------------------------------------------------------------------------------------
 
-PROBLEM = repeated(num_data=6)
+PROBLEM = repeated(num_data=3)
 ALL = ("error of quantiles", "sliced Wasserstein", "energy distance", "squared MMD", "C2ST")
 BLIND = {"narrow": {"error of means"}, "shifted": {"error of sds"}}
 
