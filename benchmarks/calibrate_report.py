@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from functools import cache
 from pathlib import Path
@@ -84,16 +85,21 @@ def leaves_band(quantity: Quantity) -> float | None:
     return float(z[beyond.argmax()]) if beyond.max() > 1e-12 else None
 
 
+def check_pictures() -> None:
+    """Raises `ProblemError` where pictures cannot be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ProblemError("a picture needs matplotlib: pip install pyrometer[pictures].")
+
+
 def picture(calibration: Calibration, path: str | Path) -> Path:
     """Write ECDF differences of all quantities to a PNG; returns the path. Raises `ProblemError` without matplotlib,
     or where there is nothing to draw; OSError."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ProblemError("a picture needs matplotlib: pip install pyrometer[pictures].") from error
     shown = calibration.quantities
     if not shown:
         raise ProblemError("there is nothing to draw: no replicate gave a rank.")
+    check_pictures()
+    from matplotlib.figure import Figure
+
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(2.8 * columns, 2.2 * rows + 0.6), layout="constrained")

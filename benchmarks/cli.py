@@ -222,7 +222,12 @@ def calibrate(
     _check_writable(json_path)
     _check_writable(picture, "--picture")
     from .calibrate import calibrate as run
+    from .calibrate_report import check_pictures
+    from .calibrate_report import picture as draw
     from .settings import configure
+
+    if picture is not None:
+        check_pictures()
 
     problem, chosen, _ = configure(model, engine, None, assignments)
     if len(chosen) != 1:
@@ -239,8 +244,6 @@ def calibrate(
         )  # fmt: skip
     _deliver(found, found.to_json, json_path, None)
     if picture is not None:
-        from .calibrate_report import picture as draw
-
         try:
             draw(found, picture)
         except OSError as error:

@@ -236,7 +236,7 @@ def _listed(log_weights: Tensor) -> Reference:
         log_evidence=Evidence(torch.logsumexp(log_weights, 0), torch.zeros(()), "exact"),
         provenance="enumeration of z",
         log_weights=log_weights,
-        draws={"z": torch.arange(len(weights))[:, None].expand(log_weights.shape)},
+        draws={"z": torch.arange(len(log_weights))[:, None].expand(log_weights.shape)},
         draw_log_weights=log_weights,
     )
 

@@ -323,22 +323,36 @@ def test_a_quantity_outside_of_its_band_is_marked():
 
 
 def test_the_command(tmp_path):
-    path, picture = tmp_path / "out.json", tmp_path / "ranks.png"
+    path = tmp_path / "out.json"
     words = ["calibrate", "conjugate_gaussian", "importance", "--set", "num_data=5", "--replicates", "200"]
-    done = CliRunner().invoke(main, [*words, "--json", str(path), "--picture", str(picture)])
+    done = CliRunner().invoke(main, [*words, "--json", str(path)])
     assert done.exit_code == 0, done.output
     assert "passed" in done.output
     read = json.loads(path.read_text())
     assert read["state"] == "passed"
     assert len(read["quantities"][0]["u"]) == 200
     assert "--replicates 200" in read["command"]
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     wrong = ["calibrate", "ppca", "svi", "--set", "svi.guide=AutoNormal", "--set", "svi.num_steps=3"]
     refused = CliRunner().invoke(main, [*wrong, "--set", "num_data=20", "--replicates", "500", "--rounds", "1"])
     assert refused.exit_code == 1
     assert "rejected" in refused.output
     two = CliRunner().invoke(main, ["calibrate", "ppca", "svi,nuts"])
     assert (two.exit_code, "one engine" in two.output) == (2, True)
+
+
+def test_the_picture(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "ranks.png"
+    words = ["calibrate", "conjugate_gaussian", "importance", "--set", "num_data=5", "--replicates", "100"]
+    done = CliRunner().invoke(main, [*words, "--picture", str(path)])
+    assert done.exit_code == 0, done.output
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setattr(calibrate_report.importlib.util, "find_spec", lambda name: None)
+    done = CliRunner().invoke(main, ["calibrate", "vae", "nuts", "--picture", str(tmp_path / "ranks.png")])
+    assert (done.exit_code, "matplotlib" in done.output) == (2, True)
 
 
 def test_nothing_to_draw_is_said(tmp_path):

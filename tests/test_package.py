@@ -116,6 +116,7 @@ EXTRAS = {  # folder or file -> the extra that installs what it needs beside the
     "benchmarks/speed": "peers",
     "benchmarks/page": "report",
     "benchmarks/doubt.py": "report",
+    "benchmarks/calibrate_report.py": "report",
     "inference/flows.py": "flows",
 }
 
