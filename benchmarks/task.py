@@ -21,7 +21,8 @@ from pyrometer.inference import Fit, Posterior, Problem, ProblemError, Reference
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 
-from . import metrics
+from . import alarms, distances, metrics, scores
+from .alarms import figures_of
 from .cell import Cell, Record, typed
 from .comparison import PerDatum, Row, Theta, judged, learned
 from .facts import machine, plain, versions
@@ -147,8 +148,8 @@ def _run(task: Task, store: Store) -> tuple[Record, Posterior | None]:
     )
     posterior = _within(problem, engine, cell, parameters)
     row = Row(cell.learner, cell.engine, plain(posterior.engine_options) or settings(engine), _seed(cell))
-    row = judged(row, posterior, reference)
-    record = Record(cell, task.name, theta, row, figures(posterior), versions=versions(), machine=machine())
+    row = judged(row, posterior, reference, every=True)
+    record = Record(cell, task.name, theta, row, figures_of(posterior), versions=versions(), machine=machine())
     return record, thinned(posterior) if posterior.draws else None
 
 
@@ -186,21 +187,6 @@ def _seed(cell: Cell) -> int:
     """The random numbers of a cell: those of its row in `compare`, and others for each budget."""
     budget = () if cell.budget.calls is None and cell.budget.seconds is None else (str(cell.budget),)
     return row_seed(cell.seed, cell.learner, cell.engine, *budget)
-
-
-def figures(posterior: Posterior) -> dict[str, float]:
-    """The figures that alarms look at, one number each; of those per datum the acceptance alone, its smallest."""
-    found: dict[str, float] = {}
-    for name, value in posterior.diagnostics.figures.items():
-        if isinstance(value, Tensor) and (value.numel() != 1 or name.endswith("per_datum")):
-            continue
-        if isinstance(value, Tensor | int | float) and not isinstance(value, bool):
-            found[name] = float(value)
-    rates = posterior.sample_stats.get("acceptance_rate")  # (C, S, *batch)
-    rates = posterior.diagnostics.figures.get("acceptance") if rates is None else rates.mean((0, 1))
-    if isinstance(rates, Tensor) and rates.numel():
-        found["acceptance"] = float(rates.min())
-    return found
 
 
 def thinned(posterior: Posterior, most: int = KEPT) -> Posterior:
@@ -271,7 +257,7 @@ def _surroundings() -> tuple[str, ...]:
     """Versions, and the code that numbers come from."""
     folder = Path(pyrometer.inference.__file__).parent
     code = hashlib.sha256()
-    for path in [*sorted(folder.rglob("*.py")), Path(metrics.__file__)]:
+    for path in [*sorted(folder.rglob("*.py")), *(Path(m.__file__) for m in (alarms, distances, metrics, scores))]:
         code.update(path.read_bytes())
     return json.dumps(versions(), sort_keys=True), code.hexdigest()
 
