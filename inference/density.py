@@ -29,7 +29,7 @@ from .marginal import enumerated_trace, sum_out
 from .parameters import Lent, kept_frozen, modules_in_reach
 from .preflight import BATCHED, batches_over_draws, couples_data, refuse_randomness
 from .problem import Problem, ProblemError
-from .program import SOMETIMES, Plate, Reading, Scribe, Site, Unobserved, over_draws
+from .program import SOMETIMES, Plate, Reading, Scribe, Site, Unobserved, batched_randomness, over_draws
 from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
@@ -338,6 +338,13 @@ class Density:
             return {n: v for n, v in scribe.reading.values.items() if self.sites[n].role == "observed"}
 
         return self._over_samples(one, values, random=True)
+
+    def together(self, function: Callable[[Tensor], Any], count: int) -> Any:
+        """A function of a lane's number, in which the program runs once and draws, for all lanes in one vmap: they may
+        look at each other. Counted as so many evaluations."""
+        self.counts["evaluations"] += count * self.batch_share
+        with self, pyro.validation_enabled(False), batched_randomness():
+            return torch.func.vmap(function, randomness="different")(torch.arange(count, device=self.device))
 
     @contextmanager
     def substituted(self, data: Mapping[int | str, Tensor]) -> Iterator[None]:

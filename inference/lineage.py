@@ -1,0 +1,151 @@
+"""Running a program once with many particles that change their ancestors between its statements.
+
+The program's own variables cannot be exchanged from outside, so each tensor that it computes from a latent site is
+remembered with the operation that made it, and is made again, from the sites' values as they stand now, when it is
+used after they have changed:
+
+    x = pyro.sample("x", ...)      a leaf: its value is exchanged when particles are resampled
+    h = f(x)                       a recipe: f and its inputs; made again where x has changed since
+    pyro.sample("y", p(h), obs=y)  the operations inside see the h of the x that is there now
+
+All particles are lanes of one vmap, so a program needs no dimension for them. What depends on no site is never made
+again; of a Markov model nothing is but what the next statement uses. A deterministic recurrence h_t = f(h_{t-1}, x_t)
+that is carried through resampling is made again from the beginning each time: quadratic in its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+class _Across(torch.autograd.Function):
+    """A function of all lanes of a vmap at once, called from inside of it."""
+
+    @staticmethod
+    def forward(function: Any, *tensors: Tensor) -> Tensor:
+        raise RuntimeError("across() is called inside vmap, with a tensor that differs between lanes")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], function: Any, *tensors: Tensor) -> tuple[Tensor, int]:
+        whole = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip(tensors, in_dims[1:], strict=True)
+        ]
+        return function(*whole), 0
+
+
+def across(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """function of whole tensors (lanes, ...) -> (lanes, ...), called with one lane's; one of them at least must
+    differ between lanes."""
+    return _Across.apply(function, *tensors)
+
+
+class Leaf:
+    """The value of a site in all lanes: `read` answers it as it stands now, inside vmap."""
+
+    def __init__(self, name: str, read: Callable[[], Tensor]) -> None:
+        self.leaves = frozenset((name,))
+        self.read = read
+        self.born = self.made = -1
+        self.value = torch.empty(0)
+
+
+class Recipe:
+    """How a tensor was made: a function, its arguments, and the sites that they depend on."""
+
+    __slots__ = ("arguments", "born", "function", "leaves", "made", "part", "spec", "value")
+
+    def __init__(
+        self, function: Any, arguments: list[Any], spec: Any, part: int | None, leaves: frozenset[str], born: int
+    ) -> None:
+        self.function, self.arguments, self.spec, self.part, self.leaves = function, arguments, spec, part, leaves
+        self.born = born  # when the tensor that it stands for is right; that is not held, so that memory is given back
+        self.made, self.value = -1, torch.empty(0)
+
+
+Entry = Leaf | Recipe
+
+# Questions on shape and kind, which are answered by a tensor that is out of date as well as by any.
+_TIMELESS = {
+    f.__get__ for f in (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.is_sparse)
+} | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex, len}  # fmt: skip
+
+
+class Lineage(TorchFunctionMode):
+    """Keeps the recipes of all that is computed from leaves, and has old values made again before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.entries = WeakTensorKeyDictionary()
+        self.sites: dict[str, Leaf] = {}
+        self.clock = 0
+        self.drawing = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _TIMELESS or func.__name__ == "custom_function_call":
+            return func(*args, **kwargs)
+        flat, spec = tree_flatten((args, kwargs))
+        inputs = [self.entries.get(a) if isinstance(a, Tensor) else None for a in flat]
+        known = [e for e in inputs if e is not None]
+        if not known:
+            return func(*args, **kwargs)
+        name: str = func.__name__
+        if (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))) and not self.drawing:
+            raise RuntimeError(
+                f"operation {name} writes into a tensor, with values of latent sites: particles that change their "
+                "ancestors need it out of place (torch.stack, torch.where, x + y)"
+            )
+        given = [
+            a if e is None or e.born == self.clock else self.now(e) for a, e in zip(flat, inputs, strict=True)
+        ]
+        again, again_kwargs = tree_unflatten(given, spec)
+        result = func(*again, **again_kwargs)
+        arguments = [a if e is None else e for a, e in zip(flat, inputs, strict=True)]
+        leaves = known[0].leaves if len(known) == 1 else frozenset().union(*(e.leaves for e in known))
+        if isinstance(result, Tensor):
+            self.entries[result] = Recipe(func, arguments, spec, None, leaves, self.clock)
+        elif isinstance(result, (tuple, list)):
+            for i, part in enumerate(result):
+                if isinstance(part, Tensor):
+                    self.entries[part] = Recipe(func, arguments, spec, i, leaves, self.clock)
+        return result
+
+    def plant(self, tensor: Tensor, leaf: Leaf) -> None:
+        """From now on this tensor stands for the leaf."""
+        leaf.born = leaf.made = self.clock
+        leaf.value = tensor
+        self.entries[tensor] = leaf
+
+    def now(self, entry: Entry) -> Tensor:
+        """What the entry's tensor is with the leaves as they stand now. Without recursion over a long past."""
+        stack = [entry]
+        while stack:
+            top = stack[-1]
+            if top.made == self.clock:
+                stack.pop()
+            elif isinstance(top, Leaf):
+                top.made, top.value = self.clock, top.read()
+                stack.pop()
+            else:
+                old = [a for a in top.arguments if isinstance(a, Leaf | Recipe) and a.made != self.clock]
+                if old:
+                    stack.extend(old)
+                    continue
+                given = [a.value if isinstance(a, Leaf | Recipe) else a for a in top.arguments]
+                args, kwargs = tree_unflatten(given, top.spec)
+                result = top.function(*args, **kwargs)
+                top.made, top.value = self.clock, result if top.part is None else result[top.part]
+                stack.pop()
+        return entry.value
