@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -64,12 +63,12 @@ class Leaf:
 class Recipe:
     """How a tensor was made: a function, its arguments, and the sites that they depend on."""
 
-    __slots__ = ("arguments", "born", "function", "leaves", "made", "part", "spec", "value")
+    __slots__ = ("arguments", "born", "function", "inputs", "leaves", "made", "part", "value")
 
     def __init__(
-        self, function: Any, arguments: list[Any], spec: Any, part: int | None, leaves: frozenset[str], born: int
+        self, function: Any, arguments: Any, inputs: list[Any], part: int | None, leaves: frozenset[str], born: int
     ) -> None:
-        self.function, self.arguments, self.spec, self.part, self.leaves = function, arguments, spec, part, leaves
+        self.function, self.arguments, self.inputs, self.part, self.leaves = function, arguments, inputs, part, leaves
         self.born = born  # when the tensor that it stands for is right; that is not held, so that memory is given back
         self.made, self.value = -1, torch.empty(0)
 
@@ -80,6 +79,19 @@ Entry = Leaf | Recipe
 _TIMELESS = {
     f.__get__ for f in (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.is_sparse)
 } | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex, len}  # fmt: skip
+
+
+def _exchanged(value: Any, tensor: Callable[[Tensor, list[Entry]], Any] | None, known: list[Entry]) -> Any:
+    """Arguments with each tensor exchanged; without a function, each entry for its value."""
+    if tensor is not None and isinstance(value, Tensor):
+        return tensor(value, known)
+    if tensor is None and isinstance(value, Leaf | Recipe):
+        return value.value
+    if type(value) is tuple or type(value) is list:
+        return type(value)([_exchanged(v, tensor, known) for v in value])
+    if type(value) is dict:
+        return {k: _exchanged(v, tensor, known) for k, v in value.items()}
+    return value
 
 
 class Lineage(TorchFunctionMode):
@@ -94,12 +106,11 @@ class Lineage(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _TIMELESS or func.__name__ == "custom_function_call":
+        if func in _TIMELESS:
             return func(*args, **kwargs)
-        flat, spec = tree_flatten((args, kwargs))
-        inputs = [self.entries.get(a) if isinstance(a, Tensor) else None for a in flat]
-        known = [e for e in inputs if e is not None]
-        if not known:
+        known: list[Entry] = []
+        remembered = _exchanged((args, kwargs), self._entry, known)
+        if not known or func.__name__ == "custom_function_call":
             return func(*args, **kwargs)
         name: str = func.__name__
         if (name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))) and not self.drawing:
@@ -107,20 +118,28 @@ class Lineage(TorchFunctionMode):
                 f"operation {name} writes into a tensor, with values of latent sites: particles that change their "
                 "ancestors need it out of place (torch.stack, torch.where, x + y)"
             )
-        given = [
-            a if e is None or e.born == self.clock else self.now(e) for a, e in zip(flat, inputs, strict=True)
-        ]
-        again, again_kwargs = tree_unflatten(given, spec)
-        result = func(*again, **again_kwargs)
-        arguments = [a if e is None else e for a, e in zip(flat, inputs, strict=True)]
+        if any(e.born != self.clock for e in known):
+            args, kwargs = _exchanged((args, kwargs), self._present, [])
+        result = func(*args, **kwargs)
         leaves = known[0].leaves if len(known) == 1 else frozenset().union(*(e.leaves for e in known))
         if isinstance(result, Tensor):
-            self.entries[result] = Recipe(func, arguments, spec, None, leaves, self.clock)
+            self.entries[result] = Recipe(func, remembered, known, None, leaves, self.clock)
         elif isinstance(result, (tuple, list)):
             for i, part in enumerate(result):
                 if isinstance(part, Tensor):
-                    self.entries[part] = Recipe(func, arguments, spec, i, leaves, self.clock)
+                    self.entries[part] = Recipe(func, remembered, known, i, leaves, self.clock)
         return result
+
+    def _entry(self, tensor: Tensor, known: list[Entry]) -> Any:
+        entry = self.entries.get(tensor)
+        if entry is None:
+            return tensor
+        known.append(entry)
+        return entry
+
+    def _present(self, tensor: Tensor, _: list[Entry]) -> Tensor:
+        entry = self.entries.get(tensor)
+        return tensor if entry is None or entry.born == self.clock else self.now(entry)
 
     def plant(self, tensor: Tensor, leaf: Leaf) -> None:
         """From now on this tensor stands for the leaf."""
@@ -139,12 +158,11 @@ class Lineage(TorchFunctionMode):
                 top.made, top.value = self.clock, top.read()
                 stack.pop()
             else:
-                old = [a for a in top.arguments if isinstance(a, Leaf | Recipe) and a.made != self.clock]
+                old = [e for e in top.inputs if e.made != self.clock]
                 if old:
                     stack.extend(old)
                     continue
-                given = [a.value if isinstance(a, Leaf | Recipe) else a for a in top.arguments]
-                args, kwargs = tree_unflatten(given, top.spec)
+                args, kwargs = _exchanged(top.arguments, None, [])
                 result = top.function(*args, **kwargs)
                 top.made, top.value = self.clock, result if top.part is None else result[top.part]
                 stack.pop()

@@ -110,6 +110,7 @@ class Cloud:
         self.filtered: list[tuple[Tensor, int]] = []  # the weights at the end of each step, and when
         self.least = torch.full_like(self.log_evidence, plan.count)  # the smallest effective sample size
         self.log_joint = torch.zeros_like(self.even)  # of each particle's line
+        self.fixed: dict[str, Tensor] = {}  # the given sites' values, constrained, (R, *own)
 
     def lanes(self, own: Tensor) -> Tensor:
         return own.flatten(0, 1)
@@ -223,6 +224,8 @@ class Filter(Messenger):
             transform = biject_to(msg["fn"].support)
             u = site.to_pyro(self.given[name], site.unconstrained_event_dim)
             msg["value"] = transform(u)
+            own = site.to_own(msg["value"], site.event_dim)
+            across(partial(self._fix, name), own, self.lane)
             self.jacobian = Scribe._per_element(transform.log_abs_det_jacobian(u, msg["value"]), site)
             return
         fn = self.proposals.get(name, msg["fn"])
@@ -254,6 +257,10 @@ class Filter(Messenger):
             self.increment = self.increment + element - Scribe._per_element(raw.expand(log_prob.shape), site)
         if name in self.time.last:
             self.weigh()
+
+    def _fix(self, name: str, own: Tensor, lanes: Tensor) -> Tensor:
+        self.cloud.fixed[name] = self.cloud.spread(own)[0]
+        return lanes
 
     def weigh(self) -> None:
         self.left -= 1
@@ -361,6 +368,24 @@ def outside(function: Callable[[], Any], lane: Tensor) -> Any:
 
     across(call, lane)
     return answer[0]
+
+
+def shared_latents(density: Density) -> tuple[str, ...]:
+    """The latents before the first observation, up to the last on which some site of every later step depends."""
+    time, terms = time_of(density), []
+
+    def one(lane: Tensor) -> Tensor:
+        cloud = Cloud(density, Plan(2))
+        with Lineage() as lineage, Filter(density, cloud, time, lineage, lane, {}, {}, terms):
+            density.problem.model(*density.args, **density.kwargs)
+        return lane
+
+    with density.uncounted(), torch.random.fork_rng(devices=[]):
+        density.together(one, 2)
+    later = range(1, len(time.steps))
+    reach = {n: {time.step_of[t.name] for t in terms if n in t.entry.leaves} for n in time.steps[0]}
+    shared = [i for i, n in enumerate(time.steps[0]) if reach[n].issuperset(later)]
+    return time.steps[0][: shared[-1] + 1] if shared else ()
 
 
 def none_but(lane: Tensor) -> Tensor:
