@@ -347,6 +347,13 @@ class Density:
             return torch.func.vmap(function, randomness="different")(torch.arange(count, device=self.device))
 
     @contextmanager
+    def once(self) -> Iterator[None]:
+        """Inside, the program is run once, as it is: one evaluation."""
+        self.counts["evaluations"] += self.batch_share
+        with self, pyro.validation_enabled(False):
+            yield
+
+    @contextmanager
     def substituted(self, data: Mapping[int | str, Tensor]) -> Iterator[None]:
         """Inside, the program's arguments at these positions or names are others."""
         args, kwargs = self.args, self.kwargs

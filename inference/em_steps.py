@@ -5,6 +5,7 @@ E: draws and weights for p_theta(z | x);    M: theta <- argmax (or a step up) of
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,22 +15,33 @@ from torch import Tensor
 from .density import Density
 from .engine import Draws, EngineError, Run
 from .engines.enumeration import Enumeration
+from .engines.forward_backward import ForwardBackward
 from .engines.importance_sampling import ImportanceSampling
-from .learning import expected_log_joint
+from .learning import expected_log_joint, flat_draws
 from .problem import Problem, ProblemError
 
 M_STEPS = ("auto", "closed", "full", "gradient")
 
 
-def expect(engine: Any, density: Density, run: Run) -> Draws:
+def expect(engine: Any, density: Density, run: Run, marginals: bool = False) -> Draws:
+    """The engine's draws; with `marginals` what it knows exactly in their place."""
     with torch.no_grad():
-        return engine.run(density, run)
+        return engine.expect(density, run) if marginals else engine.run(density, run)
+
+
+def takes_marginals(engine: Any, problem: Problem) -> bool:
+    """Whether exact marginals go from this E-step to the problem's own M-step."""
+    if problem.m_step is None or not hasattr(engine, "expect"):
+        return False
+    return "marginals" in inspect.signature(problem.m_step).parameters
 
 
 def e_step_for(density: Density) -> Any:
-    """Enumeration where it serves, else importance sampling with 100 draws."""
+    """Enumeration where it serves, else forward-backward, else importance sampling with 100 draws."""
     if not Enumeration().supports(density):
         return Enumeration()
+    if not density.continuous and not ForwardBackward().supports(density):
+        return ForwardBackward()
     # a pilot at every step would cost more than it saves
     proposal = "laplace" if density.continuous and not density.unlisted else "auto"
     return ImportanceSampling(num_samples=100, proposal=proposal)
@@ -38,6 +50,15 @@ def e_step_for(density: Density) -> Any:
 def check_m_step(density: Density, m_step: str) -> None:
     if m_step == "closed" and density.problem.m_step is None:
         raise ProblemError(f"problem {density.problem.name!r} declares no closed-form M-step: pass m_step=... to it.")
+
+
+def move(kind: str, density: Density, draws: Draws, optimizer: torch.optim.Optimizer, gradient_steps: int) -> None:
+    """The M-step of this kind on what the E-step answered."""
+    if draws.marginals is not None:
+        found = closed_form(density.problem, {}, torch.ones(0), density.args, marginals=draws.marginals)
+        density.theta.set(found)
+        return
+    improve(kind, density, *flat_draws(draws, tuple(density.batch_shape)), optimizer, gradient_steps)
 
 
 def improve(
@@ -96,11 +117,13 @@ class Chains:
             self.seen[index.cpu()] = True
 
 
-def closed_form(problem: Problem, draws: dict[str, Tensor], weights: Tensor, args: tuple[Any, ...]) -> Any:
+def closed_form(
+    problem: Problem, draws: dict[str, Tensor], weights: Tensor, args: tuple[Any, ...], **known: Any
+) -> Any:
     """What the problem's own M-step answers. Raises `ProblemError` where that is no set of parameters."""
     assert problem.m_step is not None
     try:
-        found = problem.m_step(draws, weights, *args)
+        found = problem.m_step(draws, weights, *args, **known)
     except Exception as error:
         raise ProblemError(
             f"m_step of problem {problem.name!r} failed when called with (draws, weights, *args): "

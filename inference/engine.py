@@ -27,6 +27,7 @@ from .settings import options
 
 if TYPE_CHECKING:
     from .learn import Fit
+    from .markov import Marginals
 
 
 T = TypeVar("T")
@@ -53,6 +54,7 @@ class Draws:
     unknown: str = ""  # what no figure of the draws can tell, in words
     alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # of its own, for the diagnostics
+    marginals: Marginals | None = None  # exact ones, for M-steps that take them in place of draws
 
 
 class Engine(Protocol):

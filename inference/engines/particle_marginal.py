@@ -98,7 +98,9 @@ class ParticleMarginalMetropolis:
         for name in self.sites:
             if name not in first:
                 known = ", ".join(first)
-                raise ProblemError(f"ParticleMarginalMetropolis(sites=...): {name!r} is none of the first step's: {known}.")
+                raise ProblemError(
+                    f"ParticleMarginalMetropolis(sites=...): {name!r} is none of the first step's: {known}."
+                )
         return tuple(n for n in first if n in self.sites)
 
     def run(self, density: Density, run: Run) -> Draws:

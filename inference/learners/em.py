@@ -5,10 +5,10 @@ Dempster, Laird & Rubin 1977, doi:10.1111/j.2517-6161.1977.tb01600.x.
     E: weights and draws for p_theta(z | x) at the current theta;   M: theta <- argmax (or a step up) of
     Q(theta) = E[log p_theta(x, z)]
 
-Enumeration or quadrature gives exact EM, a step up in place of the maximum generalised EM, NUTS Monte Carlo EM (Wei &
-Tanner 1990, doi:10.2307/2290005), importance sampling the wake-phase update, a fitted guide variational EM (Neal &
-Hinton 1998, doi:10.1007/978-94-011-5014-9_12), the most probable z alone hard EM (Celeux & Govaert 1992,
-doi:10.1016/0167-9473(92)90042-E).
+Enumeration or quadrature gives exact EM, forward-backward Baum-Welch, a step up in place of the maximum generalised
+EM, NUTS Monte Carlo EM (Wei & Tanner 1990, doi:10.2307/2290005), importance sampling the wake-phase update, a fitted
+guide variational EM (Neal & Hinton 1998, doi:10.1007/978-94-011-5014-9_12), the most probable z alone hard EM (Celeux &
+Govaert 1992, doi:10.1016/0167-9473(92)90042-E).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, improve
+from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, move, takes_marginals
 from ..engine import Draws, EngineError, Run
 from ..engines.enumeration import Enumeration
 from ..engines.map import MAP
@@ -43,7 +43,8 @@ class EM:
 
     An exact EM step cannot lower the log likelihood: one that does ends the run as failed, with the step.
 
-    e_step          an engine; None: enumeration where it serves, else importance sampling with 100 draws
+    e_step          an engine; None: enumeration where it serves, else forward-backward, else importance sampling with
+                    100 draws. Exact marginals of a chain go to the problem's M-step where it takes `marginals=`
     hard            put all weight on the most probable z (`Enumeration`, or `MAP` for continuous latents), which climbs
                     max_z log p_theta(x, z), the trail then: for discrete z a lower bound of the log likelihood
     num_steps       E-steps (each followed by an M-step)
@@ -139,6 +140,8 @@ class EM:
         """EM from the theta that stands in the density."""
         engine = self._engine(density)
         kind = self._kind(density, engine)
+        marginals = kind == "closed" and takes_marginals(engine, density.problem)
+        exact = self.hard or marginals or getattr(engine, "exact", False)
         optimizer = make_optimizer(self.optimizer, density.theta.tensors, self.learning_rate)
         batches = minibatches(density, self.batch_size)
         ascent = _Ascent(density, kind)
@@ -148,17 +151,16 @@ class EM:
         for step in range(self.num_steps):
             index = next(batches)
             with nullcontext() if index is None else density.minibatch(index):
-                draws = self._expect(engine, density, run.child(step, chains.of(index)))
+                draws = self._expect(engine, density, run.child(step, chains.of(index)), marginals)
                 chains.keep(index, draws.state)
                 ascent.add(step, draws, whole=index is None, hard=self.hard)
                 before = [t.detach().clone() for t in density.theta.tensors]
-                values, weights = flat_draws(draws, tuple(density.batch_shape))
-                improve(kind, density, values, weights, optimizer, self.gradient_steps)
+                move(kind, density, draws, optimizer, self.gradient_steps)
                 moved = max(
                     float(((t.detach() - old).abs() / (1 + old.abs())).max())
                     for t, old in zip(density.theta.tensors, before, strict=True)
                 )
-            if (self.hard or getattr(engine, "exact", False)) and index is None and moved <= self.tolerance:
+            if exact and index is None and moved <= self.tolerance:
                 notes = (f"converged after {step + 1} steps",)
                 break
             run.progress("EM steps", step + 1, self.num_steps)
@@ -167,8 +169,8 @@ class EM:
             ascent.add(step + 1, draws, whole=True, hard=self.hard)
         return Learned(ascent.trail(), None if self.batch_size is not None else draws, (*notes, *ascent.notes))
 
-    def _expect(self, engine: Any, density: Density, run: Run) -> Draws:
-        draws = expect(engine, density, run)
+    def _expect(self, engine: Any, density: Density, run: Run, marginals: bool = False) -> Draws:
+        draws = expect(engine, density, run, marginals)
         return _hardened(draws) if self.hard else draws
 
     def _engine(self, density: Density) -> Any:
@@ -214,7 +216,7 @@ class _Ascent:
         self.writer.add(step, value, error)
         if not math.isfinite(value):
             raise EngineError(f"the log likelihood became {value} at step {step}")
-        if not whole or not (hard or draws.deterministic):
+        if not whole or not (hard or draws.deterministic or draws.marginals is not None):
             return
         if self._last is not None and value < self._last[0] - FALL * (1 + abs(value)) - slack - self._last[1]:
             if self.kind != "gradient":
