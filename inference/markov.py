@@ -107,6 +107,7 @@ class Chain:
             raise NotAChain(f"the latents have different numbers of states: {sorted(sizes)}")
         self.states, self.calls = sizes.pop(), 0
         self.groups: list[Group] | None = None
+        self.placed: dict[tuple[int, int], list[tuple[Tensor | None, Tensor | None, int, int]]] = {}
         laid = self._run()
         self.sites = laid.order
         self.shapes = [self._where(laid, step, name, value) for step, name, value in laid.terms]
@@ -138,43 +139,55 @@ class Chain:
                 self.groups = rolled(terms, self.density.theta.tensors)
             except RollError:
                 self.groups = []
+            self.placed = {}
         if not whole or not self.groups:
+            self.placed = {}
             return self._gathered([([i], v[None]) for i, (_, _, v) in enumerate(self._run().terms)])
         with self.density.once():
             return self._gathered([(g.numbers, g()) for g in self.groups])
 
     def _gathered(self, terms: list[tuple[list[int], Tensor]]) -> Factors:
         density, K = self.density, self.states
-        batch = tuple(density.batch_shape)
+        batch, dims = tuple(density.batch_shape), [p.dim for p in density.batch_plates]
         N = math.prod(batch)
         options = {"dtype": torch.float64, "device": density.device}
         first, later = torch.zeros(N, K, **options), torch.zeros(len(self.sites) - 1, N, K, K, **options)
-        dims = [p.dim for p in density.batch_plates]
-        split: dict[Any, list[tuple[int, int]]] = {}  # a group may hold terms whose dimensions are others
-        for g, (numbers, _) in enumerate(terms):
-            for row, i in enumerate(numbers):
-                step, before, now = self.shapes[i]
-                split.setdefault((g, before, now, step == 0), []).append((row, step))
-        for (g, before, now, begins), places in split.items():
-            rows, steps = zip(*places, strict=True)
-            value = terms[g][1]
-            if len(rows) < len(value):
-                value = value[list(rows)]
-            lead = value.dim() - 1
-            value = value.reshape(len(rows), *[1] * max(0, -now - lead, -before - lead), *value.shape[1:])
-            rest = [d for d in range(1 - value.dim(), 0) if d not in (*dims, before, now)]
-            value = value.permute(0, *dims, *rest, before, now)
-            if rest:
-                value = value.sum(list(range(1 + len(dims), value.dim() - 2)))
-            ends = value.shape[-2:]
-            value = value.expand(len(rows), *batch, *ends).reshape(len(rows), N, *ends).to(first)
-            if begins:
-                first += value[:, :, 0].sum(0)
-            elif len(set(steps)) == len(steps):
-                later[torch.tensor(steps, device=later.device) - 1] += value
-            else:
-                later.index_add_(0, torch.tensor(steps, device=later.device) - 1, value.expand(-1, -1, K, K))
+        for number, (members, value) in enumerate(terms):
+            for rows, steps, before, now in self._places(number, members):
+                value_here = value if rows is None else value[rows]
+                lead = max(-before, -now, *(-d for d in dims), value.dim() - 1)
+                value_here = value_here.reshape(len(value_here), *[1] * (lead + 1 - value.dim()), *value.shape[1:])
+                rest = [d for d in range(-lead, 0) if d not in (*dims, before, now)]
+                value_here = value_here.permute(0, *dims, *rest, before, now)
+                if rest:
+                    value_here = value_here.sum(list(range(1 + len(dims), value_here.dim() - 2)))
+                ends = value_here.shape[-2:]
+                value_here = value_here.expand(-1, *batch, *ends).reshape(-1, N, *ends).to(first)
+                if steps is None:
+                    first += value_here[:, :, 0].sum(0)
+                else:
+                    later.index_add_(0, steps, value_here.expand(-1, -1, K, K))
         return Factors(first, later)
+
+    def _places(self, number: int, members: list[int]) -> list[tuple[Tensor | None, Tensor | None, int, int]]:
+        """Of terms that came together: which of them (None: all) belong to which steps (None: the first), counted
+        from the second, and their dimensions of the state before and now."""
+        key = number, len(members)
+        if key not in self.placed:
+            split: dict[tuple[int, int, bool], list[tuple[int, int]]] = {}
+            for row, member in enumerate(members):
+                step, before, now = self.shapes[member]
+                split.setdefault((before, now, step == 0), []).append((row, step - 1))
+            self.placed[key] = [
+                (
+                    None if len(places) == len(members) else torch.tensor([row for row, _ in places]),
+                    None if begins else torch.tensor([step for _, step in places], device=self.density.device),
+                    before,
+                    now,
+                )
+                for (before, now, begins), places in split.items()
+            ]
+        return self.placed[key]
 
     def _check(self) -> None:
         """The sum of the factors along some paths must be the density's log joint."""
@@ -205,9 +218,9 @@ class Chain:
 def forward(first: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
     """log a_t, normalised, (T, N, K), and log of the whole sum, (N,); arguments as in `Factors`."""
     if len(later) >= BLOCKS_FROM:
-        log_a, total = _by_blocks(first, later)
+        log_a, total = _by_blocks(first, *_scaled(later))
         if bool(total.isfinite().all()):
-            return log_a, total
+            return log_a, total  # else some sum is below the smallest number, or is zero
     rows, total = [], torch.zeros_like(first[:, 0])
     here = first
     for t in range(len(later) + 1):
@@ -220,50 +233,70 @@ def forward(first: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
     return torch.stack(rows), total
 
 
-def _by_blocks(first: Tensor, later: Tensor) -> tuple[Tensor, Tensor]:
-    steps, N, K = later.shape[:3]
+def _scaled(later: Tensor) -> tuple[Tensor, Tensor]:
+    """m_t with largest element 1, and the logs of what they were divided by, (T - 1, N)."""
+    top = later.amax((2, 3))
+    return (later - top[..., None, None]).exp(), top
+
+
+def _by_blocks(first: Tensor, scaled: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    steps, N, K = scaled.shape[:3]
     length = math.isqrt(steps)
     blocks = -(-steps // length)
-    top = later.amax((2, 3), keepdim=True)
-    scaled = (later - top).exp()
     if extra := blocks * length - steps:
-        scaled = torch.cat([scaled, torch.eye(K).to(later).expand(extra, N, K, K)])
-    scaled = scaled.reshape(blocks, length, N, K, K)
-    R = torch.eye(K).to(later).expand(blocks, N, K, K)
-    scale = torch.zeros(blocks, N, K).to(later)
-    rows, scales = [], []
-    for step in range(length):  # all blocks together, from each state
-        R = R @ scaled[:, step]
-        size = R.sum(-1)
-        R = R / size.clamp_min(torch.finfo(R.dtype).tiny)[..., None]
-        scale = scale + size.log()
+        scaled = torch.cat([scaled, torch.eye(K).to(scaled).expand(extra, N, K, K)])
+    by_step = scaled.reshape(blocks, length, N, K, K).transpose(0, 1).reshape(length, blocks * N, K, K)
+    tiny = torch.finfo(scaled.dtype).tiny
+    R = torch.eye(K).to(scaled).expand(blocks * N, K, K)
+    rows, sizes = [], []
+    for m in by_step.unbind():  # all blocks together, from each state
+        R = torch.bmm(R, m)
+        size = R.sum(-1, keepdim=True)
+        R = R / size.clamp_min(tiny)
         rows.append(R)
-        scales.append(scale)
-    log_last, v, starts = R.log() + scale[..., None], first, []
-    for block in range(blocks):  # v: log a at the beginning of the block
+        sizes.append(size)
+    scale = torch.stack(sizes)[..., 0].log().cumsum(0).reshape(length, blocks, N, K)
+    log_last = R.reshape(blocks, N, K, K).log() + scale[-1][..., None]
+    v, starts = first[:, :, None], []
+    for m in log_last.unbind():  # v: log a at the beginning of the block
         starts.append(v)
-        v = torch.logsumexp(v[:, :, None] + log_last[block], 1)
-    weight = torch.stack(starts)[:, None] + torch.stack(scales, 1)  # (blocks, length, N, K)
-    a = (torch.softmax(weight, -1)[..., None, :] @ torch.stack(rows, 1))[..., 0, :].reshape(-1, N, K)[:steps]
-    start = torch.log_softmax(first, -1)
-    return torch.cat([start[None], a.log()]), torch.logsumexp(v, 1) + top.sum(0)[:, 0, 0]
-
-
-def backward(factors: Factors) -> Tensor:
-    """log b_t, normalised, (T, N, K): the forward recursion on the chain that runs the other way."""
-    ones = torch.zeros_like(factors.first)
-    return forward(ones, factors.later.flip(0).transpose(2, 3))[0].flip(0)
+        v = torch.logsumexp(v + m, 1)[:, :, None]
+    weight = torch.softmax(torch.stack(starts)[..., 0] + scale, -1)  # (length, blocks, N, K)
+    a = torch.bmm(weight.reshape(-1, 1, K), torch.stack(rows).reshape(-1, K, K))
+    a = a.reshape(length, blocks, N, K).transpose(0, 1).reshape(-1, N, K)[:steps]
+    log_a = torch.cat([torch.log_softmax(first, -1)[None], a.log()])
+    return log_a, torch.logsumexp(v[..., 0], 1) + top.sum(0)
 
 
 def marginals(factors: Factors, batch: tuple[int, ...]) -> tuple[Marginals, Tensor]:
-    """State and pair marginals, and log p(x) (*batch)."""
-    log_a, total = forward(factors.first, factors.later)
-    log_b = backward(factors)
-    single = torch.softmax(log_a + log_b, -1)
-    pairs = log_a[:-1, :, :, None] + factors.later + log_b[1:, :, None, :]
-    pairs = torch.softmax(pairs.flatten(2), -1).sum(0)
-    K = single.shape[-1]
-    return Marginals(single.movedim(0, 1).reshape(*batch, -1, K), pairs.reshape(*batch, K, K)), total.reshape(batch)
+    """State and pair marginals, and log p(x) (*batch). The backward sums b_t are the forward sums of the chain that
+    runs the other way, and run beside them."""
+    first, later = factors.first, factors.later
+    N, K = first.shape
+    first = torch.cat([first, torch.zeros_like(first)])
+    single = pairs = None
+    if len(later) >= BLOCKS_FROM:
+        scaled, top = _scaled(later)
+        there_and_back = torch.cat([scaled, scaled.flip(0).transpose(2, 3)], 1)
+        log_sums, total = _by_blocks(first, there_and_back, torch.cat([top, top.flip(0)], 1))
+        if bool(total.isfinite().all()):
+            sums = log_sums.exp()
+            a, b = sums[:, :N], sums[:, N:].flip(0)
+            single = a * b
+            pairs = a[:-1, :, :, None] * scaled * b[1:, :, None, :]
+            of_pairs, of_single = pairs.sum((2, 3), keepdim=True), single.sum(-1, keepdim=True)
+            if bool((of_pairs > 0).all() and (of_single > 0).all()):
+                single, pairs = single / of_single, torch.einsum("tnij,tn->nij", pairs, 1 / of_pairs[..., 0, 0])
+            else:
+                single = None
+    if single is None:  # some product is below the smallest number
+        log_sums, total = forward(first, torch.cat([later, later.flip(0).transpose(2, 3)], 1))
+        log_a, log_b = log_sums[:, :N], log_sums[:, N:].flip(0)
+        single = torch.softmax(log_a + log_b, -1)
+        pairs = log_a[:-1, :, :, None] + later + log_b[1:, :, None, :]
+        pairs = torch.softmax(pairs.flatten(2), -1).sum(0)
+    found = Marginals(single.movedim(0, 1).reshape(*batch, -1, K), pairs.reshape(*batch, K, K))
+    return found, total[:N].reshape(batch)
 
 
 def sampled(factors: Factors, count: int) -> tuple[Tensor, Tensor]:

@@ -55,51 +55,46 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not self._live((args, kwargs)):
+        live: list[Expr] = []
+        given, kind, exact = self._read((args, kwargs), live)
+        if not live:
             return result
         if func._schema.is_mutable:
             raise RollError(f"{func} writes in place")
-        given = self._noted((args, kwargs))
-        kind, exact = self._key(given, False), self._key(given, True)
         parts = [(None, result)] if isinstance(result, Tensor) else list(enumerate(result)) if _many(result) else []
         if not parts:
             raise RollError("its operations depend on values")
         for part, tensor in parts:
             if isinstance(tensor, Tensor):
-                numbers = self.number((func, kind, part, False)), self.number((func, exact, part, True))
+                numbers = self.number((func, kind, part, "kind")), self.number((func, exact, part, "exact"))
                 self.known[tensor] = Expr(func, given, part, *numbers)
         return result
 
-    def _live(self, value: Any) -> bool:
+    def _read(self, value: Any, live: list[Expr]) -> tuple[Any, Any, Any]:
+        """Arguments with expressions for live tensors, and what they are of: up to constants, and exactly. The exact
+        key is worked out only where something is live, so constants stand in it by themselves until then."""
         if isinstance(value, Tensor):
-            return value in self.known
-        if isinstance(value, dict):
-            return any(map(self._live, value.values()))
-        return _many(value) and any(map(self._live, value))
+            expr = self.known.get(value)
+            if expr is not None:
+                live.append(expr)
+                return expr, ("expr", expr.kind), ("expr", expr.exact)
+            return value, (value.shape, value.dtype), self._constant(value)
+        if type(value) is tuple or type(value) is list:
+            if not value:
+                return (), (), ()
+            read = [self._read(v, live) for v in value]
+            noted, kind, exact = zip(*read, strict=True)
+            return noted, kind, exact
+        if type(value) is dict:
+            noted, kind, exact = self._read(tuple(value.values()), live)
+            return dict(zip(value, noted, strict=True)), (tuple(value), kind), (tuple(value), exact)
+        return value, (type(value), value), (type(value), value)
 
-    def _noted(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return self.known.get(value, value)
-        if _many(value):
-            return tuple(map(self._noted, value))
-        return {k: self._noted(v) for k, v in value.items()} if isinstance(value, dict) else value
-
-    def _key(self, value: Any, exact: bool) -> Any:
-        if isinstance(value, Expr):
-            return ("expr", value.exact if exact else value.kind)
-        if isinstance(value, Tensor):
-            look = (tuple(value.shape), value.dtype)
-            if not exact:
-                return look
-            if value.numel() <= SMALL:
-                return (*look, tuple(value.reshape(-1).tolist()))
-            self.held.append(value)
-            return (*look, id(value))
-        if isinstance(value, tuple):
-            return tuple(self._key(v, exact) for v in value)
-        if isinstance(value, dict):
-            return tuple((k, self._key(v, exact)) for k, v in value.items())
-        return (type(value).__name__, value)
+    def _constant(self, value: Tensor) -> Any:
+        if value.numel() <= SMALL:
+            return value.shape, value.dtype, tuple(value.reshape(-1).tolist())
+        self.held.append(value)
+        return value.shape, value.dtype, id(value)
 
 
 def _many(value: Any) -> bool:
