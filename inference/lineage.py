@@ -77,20 +77,24 @@ Entry = Leaf | Recipe
 
 # Questions on shape and kind, which are answered by a tensor that is out of date as well as by any.
 _TIMELESS = {
-    f.__get__ for f in (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.requires_grad, Tensor.is_sparse)
-} | {Tensor.dim, Tensor.size, Tensor.numel, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex, len}  # fmt: skip
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.ndimension, Tensor.is_floating_point, Tensor.is_complex),
+}
 
 
-def _exchanged(value: Any, tensor: Callable[[Tensor, list[Entry]], Any] | None, known: list[Entry]) -> Any:
+Seen = dict[int, Entry | None]  # the tensors of a call by identity, with what is known of them
+
+
+def _exchanged(value: Any, tensor: Callable[[Tensor, Seen], Any] | None, seen: Seen) -> Any:
     """Arguments with each tensor exchanged; without a function, each entry for its value."""
     if tensor is not None and isinstance(value, Tensor):
-        return tensor(value, known)
+        return tensor(value, seen)
     if tensor is None and isinstance(value, Leaf | Recipe):
         return value.value
     if type(value) is tuple or type(value) is list:
-        return type(value)([_exchanged(v, tensor, known) for v in value])
+        return type(value)([_exchanged(v, tensor, seen) for v in value])
     if type(value) is dict:
-        return {k: _exchanged(v, tensor, known) for k, v in value.items()}
+        return {k: _exchanged(v, tensor, seen) for k, v in value.items()}
     return value
 
 
@@ -108,8 +112,9 @@ class Lineage(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in _TIMELESS:
             return func(*args, **kwargs)
-        known: list[Entry] = []
-        remembered = _exchanged((args, kwargs), self._entry, known)
+        seen: Seen = {}
+        remembered = _exchanged((args, kwargs), self._entry, seen)
+        known = [e for e in seen.values() if e is not None]
         if not known or func.__name__ == "custom_function_call":
             return func(*args, **kwargs)
         name: str = func.__name__
@@ -119,27 +124,29 @@ class Lineage(TorchFunctionMode):
                 "ancestors need it out of place (torch.stack, torch.where, x + y)"
             )
         if any(e.born != self.clock for e in known):
-            args, kwargs = _exchanged((args, kwargs), self._present, [])
+            seen = {}
+            args, kwargs = _exchanged((args, kwargs), self._present, seen)
         result = func(*args, **kwargs)
         leaves = known[0].leaves if len(known) == 1 else frozenset().union(*(e.leaves for e in known))
-        if isinstance(result, Tensor):
-            self.entries[result] = Recipe(func, remembered, known, None, leaves, self.clock)
-        elif isinstance(result, (tuple, list)):
-            for i, part in enumerate(result):
-                if isinstance(part, Tensor):
-                    self.entries[part] = Recipe(func, remembered, known, i, leaves, self.clock)
+        several = isinstance(result, (tuple, list))
+        for i, part in enumerate(result) if several else [(None, result)]:
+            if id(part) in seen:  # handed through as it was, say by broadcast_tensors
+                if (entry := seen[id(part)]) is not None:
+                    self.entries[part] = entry
+            elif isinstance(part, Tensor):
+                self.entries[part] = Recipe(func, remembered, known, i, leaves, self.clock)
         return result
 
-    def _entry(self, tensor: Tensor, known: list[Entry]) -> Any:
-        entry = self.entries.get(tensor)
-        if entry is None:
-            return tensor
-        known.append(entry)
-        return entry
+    def _entry(self, tensor: Tensor, seen: Seen) -> Any:
+        entry = seen[id(tensor)] = self.entries.get(tensor)
+        return tensor if entry is None else entry
 
-    def _present(self, tensor: Tensor, _: list[Entry]) -> Tensor:
+    def _present(self, tensor: Tensor, seen: Seen) -> Tensor:
         entry = self.entries.get(tensor)
-        return tensor if entry is None or entry.born == self.clock else self.now(entry)
+        if entry is not None and entry.born != self.clock:
+            tensor = self.now(entry)
+        seen[id(tensor)] = entry
+        return tensor
 
     def plant(self, tensor: Tensor, leaf: Leaf) -> None:
         """From now on this tensor stands for the leaf."""
@@ -162,7 +169,7 @@ class Lineage(TorchFunctionMode):
                 if old:
                     stack.extend(old)
                     continue
-                args, kwargs = _exchanged(top.arguments, None, [])
+                args, kwargs = _exchanged(top.arguments, None, {})
                 result = top.function(*args, **kwargs)
                 top.made, top.value = self.clock, result if top.part is None else result[top.part]
                 stack.pop()

@@ -150,8 +150,8 @@ class Chain:
         density, K = self.density, self.states
         batch, dims = tuple(density.batch_shape), [p.dim for p in density.batch_plates]
         N = math.prod(batch)
-        options = {"dtype": torch.float64, "device": density.device}
-        first, later = torch.zeros(N, K, **options), torch.zeros(len(self.sites) - 1, N, K, K, **options)
+        first = torch.zeros(N, K, dtype=torch.float64, device=density.device)
+        later = first.new_zeros(len(self.sites) - 1, N, K, K)
         for number, (members, value) in enumerate(terms):
             for rows, steps, before, now in self._places(number, members):
                 value_here = value if rows is None else value[rows]
@@ -194,9 +194,8 @@ class Chain:
         density = self.density
         with density.uncounted():
             factors = self.factors()
-            paths = torch.randint(
-                self.states, (SEVERAL, factors.first.shape[0], len(self.sites)), device=density.device
-            )
+            shape = (SEVERAL, len(factors.first), len(self.sites))
+            paths = torch.randint(self.states, shape, device=density.device)
             truth = density.log_joint(self.values(paths))
         told = factors.first.expand(SEVERAL, -1, -1).gather(2, paths[:, :, :1])[..., 0]
         for t in range(1, len(self.sites)):
@@ -274,7 +273,8 @@ def marginals(factors: Factors, batch: tuple[int, ...]) -> tuple[Marginals, Tens
     first, later = factors.first, factors.later
     N, K = first.shape
     first = torch.cat([first, torch.zeros_like(first)])
-    single = pairs = None
+    single: Tensor | None = None
+    pairs = later
     if len(later) >= BLOCKS_FROM:
         scaled, top = _scaled(later)
         there_and_back = torch.cat([scaled, scaled.flip(0).transpose(2, 3)], 1)

@@ -111,7 +111,8 @@ class Problem:
     reference  the truth: a `Reference`, or a function (parameters, *args) -> Reference where it moves with theta.
     held_out   arguments that take the place of `args` to judge what was learned on data not seen, or None.
     m_step     the closed-form M-step, where there is one: (draws, weights, *args) -> parameters. `draws` maps a
-               site to (S, *batch, *event); `weights` (S, *batch) are normalised over S.
+               site to (S, *batch, *event); `weights` (S, *batch) are normalised over S. One that also takes
+               `marginals=` has the exact ones of a chain there, where the E-step knows them (`markov.Marginals`).
 
     Raises `ProblemError` where an argument cannot be used.
     """

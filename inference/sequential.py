@@ -1,6 +1,7 @@
 """Sequential models: the order in time of a program's sites, and particles carried along it.
 
-    w_t <- W_{t-1} p(x_t | past) p(y_t | x_t, past) / q(x_t | past),     log Z = sum_t log sum_s w_t,     W_t = w_t / sum w_t
+    w_t <- W_{t-1} p(x_t | past) p(y_t | x_t, past) / q(x_t | past),   W_t = w_t / sum_s w_t,
+    log Z = sum_t log sum_s w_t
 
 then, after the observations of a step, resampling, datum by datum (Gordon, Salmond & Smith 1993,
 doi:10.1049/ip-f-2.1993.0015; Doucet & Johansen 2011). The increment is right whether or not there was resampling, since
@@ -70,8 +71,8 @@ def why_not_sequential(density: Density) -> str:
         return f"site {density.improper[0]!r} has an improper prior: particles cannot be drawn from it"
     if len(time_of(density).steps) < 2:
         return (
-            "the program draws all latents before its first observation, so it has no order in time: write one sample "
-            "statement for each step (for t in pyro.markov(range(T)): x_t, then y_t), or take importance sampling or SMC"
+            "the program draws all latents before its first observation, so it has no order in time: write a sample "
+            "statement for each step (for t in pyro.markov(range(T)): z_t, then x_t), or take importance sampling, SMC"
         )
     if not density.vectorised:
         return "the program cannot be batched over draws, and particles run side by side"
@@ -101,10 +102,10 @@ class Cloud:
         self.values: dict[str, tuple[Tensor, int]] = {}  # site -> (S, R, *batch, *own) as drawn, and when
         self.present: dict[str, tuple[Tensor, int]] = {}  # the same, as far as it was brought up to date
         self.ancestors: list[Tensor] = []
-        shape, options = (plan.count, plan.runs, *self.batch), {"dtype": torch.float64, "device": density.device}
-        self.even = torch.full(shape, -math.log(plan.count), **options)
+        shape = (plan.count, plan.runs, *self.batch)
+        self.even = torch.full(shape, -math.log(plan.count), dtype=torch.float64, device=density.device)
         self.log_weights = self.even
-        self.log_evidence = torch.zeros(shape[1:], **options)
+        self.log_evidence = torch.zeros_like(self.even[0])
         self.chance, self.apart = torch.zeros_like(self.log_evidence), torch.zeros_like(self.log_evidence)
         self.eve = torch.arange(plan.count, device=density.device).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
         self.filtered: list[tuple[Tensor, int]] = []  # the weights at the end of each step, and when
@@ -162,7 +163,7 @@ class Cloud:
         self.ancestors.append(index)
 
     def variance(self) -> Tensor:
-        """Relative variance of each filter's evidence, by the families of the first particles (see `engines/smc.py`)."""
+        """Relative variance of each filter's evidence, by the families of the first particles (as `smc` does)."""
         families = _of_families(self.eve, self.log_weights)
         around = (families - 1 / self.plan.count).square().sum(0)
         return torch.maximum(around - self.chance, self.apart)
@@ -372,7 +373,8 @@ def outside(function: Callable[[], Any], lane: Tensor) -> Any:
 
 def shared_latents(density: Density) -> tuple[str, ...]:
     """The latents before the first observation, up to the last on which some site of every later step depends."""
-    time, terms = time_of(density), []
+    time = time_of(density)
+    terms: list[Term] = []
 
     def one(lane: Tensor) -> Tensor:
         cloud = Cloud(density, Plan(2))

@@ -26,7 +26,7 @@ from pyrometer.inference.problem import Problem, Reference
 
 from . import _settings
 
-GRID_EDGE, GRID_POINTS = 8.0, 801  # odd: every other point makes the coarse grid
+GRID_EDGE, GRID_POINTS = 12.0, 1201  # odd: every other point makes the coarse grid
 LEAST_SCALE = 0.2  # of a transition: several points of the grid
 
 
@@ -85,9 +85,8 @@ def problem(
     start = _settings.seed("seed", seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(start)
-        truth, networks, recogniser = (
-            made.double() for made in (Networks(d, width), Networks(d, width), Recogniser(d, width))
-        )
+        truth, networks = Networks(d, width).double(), Networks(d, width).double()
+        recogniser = Recogniser(d, width).double()
         with torch.no_grad():
             truth.inner.weight.mul_(2.0)
             truth.outer.weight.mul_(4.0)
@@ -156,7 +155,7 @@ def _reference(networks: Networks, own: Mapping[str, Tensor], noise: Tensor, x: 
         mean_error=by_site(error[0]),
         sd_error=by_site(error[1]),
         log_evidence=Evidence(fine[2], error[2], "estimate"),
-        provenance=f"filter and smoother on a grid of {GRID_POINTS} points to +-{GRID_EDGE:g}; error from twice the step",
+        provenance=f"filter on a grid of {GRID_POINTS} points to +-{GRID_EDGE:g}; error from twice the step",
     )
 
 
@@ -167,7 +166,8 @@ def _smooth(grid: Tensor, prior: Tensor, transition: Tensor, likelihood: Tensor)
     n, steps, points = likelihood.shape
     top = likelihood.amax(-1)
     seen = (likelihood - top[..., None]).exp()
-    forward, log_evidence = [], top.sum(1)
+    forward: list[Tensor] = []
+    log_evidence = top.sum(1)
     for t in range(steps):
         a = (prior.exp() * width if t == 0 else forward[-1] @ move) * seen[:, t]
         total = a.sum(1)

@@ -101,9 +101,7 @@ def problem(
                 else:
                     pyro.sample(f"x_{t}", dist.Categorical(emission[z]), obs=x[:, t])
 
-    return Problem(
-        model, args=(x,), reference=reference, name="hidden_markov", m_step=partial(m_step, num_states=k)
-    )  # fmt: skip
+    return Problem(model, args=(x,), reference=reference, name="hidden_markov", m_step=partial(m_step, num_states=k))
 
 
 def _make_data(n: int, steps: int, theta: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -183,7 +181,8 @@ def m_step(
     total = single.sum((0, 1))  # (K,)
     initial, leaving = single[:, 0].sum(0), pairs.sum(1)
     if not bool((leaving > 0).all()):
-        raise ProblemError(f"state {int((~(leaving > 0)).nonzero()[0])} holds no data: start elsewhere, or fewer states.")
+        bare = int((~(leaving > 0)).nonzero()[0])
+        raise ProblemError(f"state {bare} holds no data: start elsewhere (seed) or use fewer states (num_states).")
     found = {"initial": initial / initial.sum(), "transition": pairs / leaving[:, None]}
     flat = single.reshape(-1, num_states)
     if not x.is_floating_point():
@@ -196,5 +195,5 @@ def m_step(
     variance = second - (locs - centre).square()
     bad = ~(variance > 1e-12 * second).all(1)
     if bool(bad.any()):
-        raise ProblemError(f"state {int(bad.nonzero()[0])} holds equal data only: start elsewhere, or fewer states.")
+        raise ProblemError(f"state {int(bad.nonzero()[0])} holds equal data only: start elsewhere (seed).")
     return {**found, "locs": locs, "scales": variance.sqrt()}

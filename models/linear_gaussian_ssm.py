@@ -91,7 +91,9 @@ def reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
     Q, R = q.square().diag(), r.square().diag()
     eye = torch.eye(len(A), dtype=torch.float64)
     m, P = x.new_zeros(len(x), len(A)), eye  # one step ahead; covariances are those of all sequences
-    ahead, filtered, log_evidence = [], [], x.new_zeros(len(x))
+    ahead: list[tuple[Tensor, Tensor]] = []
+    filtered: list[tuple[Tensor, Tensor]] = []
+    log_evidence = x.new_zeros(len(x))
     for t in range(x.shape[1]):
         if t:
             m, P = filtered[-1][0] @ A.T, A @ filtered[-1][1] @ A.T + Q

@@ -25,7 +25,7 @@ A_LOC, A_SCALE, Q_LOC, Q_SCALE = 0.5, 0.3, math.log(0.5), 0.4
 REACH, POINTS = 7.0, 121  # of the grid: prior sds to each side, and points along each axis
 
 
-def problem(*, num_steps: int = 8, noise: float = 0.5, seed: int = 0) -> Problem:
+def problem(*, num_steps: int = 6, noise: float = 0.8, seed: int = 0) -> Problem:
     """One series of T observations, made at a = 0.8, q = 0.6; the latents are `a`, `q` and z_0 .. z_{T-1}.
 
     Raises `ProblemError` on a setting out of range.
@@ -54,7 +54,8 @@ def kalman(x: Tensor, a: Tensor, q: Tensor, r: float) -> tuple[Tensor, Tensor, T
     """log p(x | a, q) (G,), and smoothed means and variances (G, T), of a and q (G,) each."""
     m, P = torch.zeros_like(a), torch.ones_like(a)
     log_evidence = torch.zeros_like(a)
-    ahead, filtered = [], []
+    ahead: list[tuple[Tensor, Tensor]] = []
+    filtered: list[tuple[Tensor, Tensor]] = []
     for t, seen in enumerate(x):
         if t:
             m, P = a * filtered[-1][0], a.square() * filtered[-1][1] + q.square()

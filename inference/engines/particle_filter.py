@@ -66,9 +66,7 @@ class ParticleFilter:
         check_choice(self, "smoothing", SMOOTHING)
         check_share(self, "threshold")
         if not isinstance(self.num_samples, bool) and isinstance(self.num_samples, int) and self.num_samples == 1:
-            raise ProblemError(
-                "ParticleFilter(num_samples=1): one particle has no weights to compare; take at least 2."
-            )
+            raise ProblemError("ParticleFilter(num_samples=1): one particle has no weight to compare; take at least 2.")
 
     def sized(self, calls: float, density: Density) -> Self:
         return replace(self, num_samples=max(2, int(calls / self.num_chains)))

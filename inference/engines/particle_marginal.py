@@ -43,7 +43,7 @@ class Stand(NamedTuple):
     fixed: dict[str, Tensor]
 
     def draw(self) -> dict[str, Tensor]:
-        """A value of every latent, for each chain: any line of its filter, by weight, whether or not it was drawn before."""
+        """A value of every latent, for each chain: any line of its filter, by weight, each time anew."""
         index = torch.multinomial(torch.softmax(self.weights, 1), 1)[:, 0]
         chain = torch.arange(len(index), device=index.device)
         return self.fixed | {name: line[chain, index] for name, line in self.lines.items()}

@@ -1,0 +1,229 @@
+"""Forward-backward against listing, a second recursion, and Baum-Welch's own fixed points."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch import Tensor
+
+from pyrometer.inference import EM, Enumeration, Problem, infer, learn, markov, why_not
+from pyrometer.inference.density import Density
+from pyrometer.inference.engine import isolated
+from pyrometer.inference.engines.forward_backward import ForwardBackward
+from pyrometer.inference.markov import Chain, Factors, forward, marginals
+from pyrometer.inference.rolled import RollError, rolled
+from pyrometer.models import gaussian_mixture, hidden_markov, linear_gaussian_ssm
+
+F64 = torch.float64
+
+
+def random_factors(steps: int, n: int = 2, k: int = 3, spread: float = 2.0, seed: int = 0) -> Factors:
+    generator = torch.Generator().manual_seed(seed)
+    first = spread * torch.randn(n, k, generator=generator, dtype=F64)
+    return Factors(first, spread * torch.randn(steps - 1, n, k, k, generator=generator, dtype=F64))
+
+
+def listed(factors: Factors) -> tuple[Tensor, Tensor, Tensor]:
+    """State marginals (N, T, K), pairs summed over time (N, K, K) and log sums (N,), by listing every path."""
+    steps, k = len(factors.later) + 1, factors.first.shape[1]
+    paths = torch.tensor(list(itertools.product(range(k), repeat=steps)))
+    log_p = factors.first[:, paths[:, 0]]
+    for t in range(1, steps):
+        log_p = log_p + factors.later[t - 1][:, paths[:, t - 1], paths[:, t]]
+    total, weight = torch.logsumexp(log_p, 1), torch.softmax(log_p, 1)
+    one = torch.nn.functional.one_hot(paths, k).double()
+    pairs = torch.einsum("ns,sti,stj->nij", weight, one[:, :-1], one[:, 1:])
+    return torch.einsum("ns,stk->ntk", weight, one), pairs, total
+
+
+@pytest.mark.parametrize("steps", [2, 7])
+@pytest.mark.parametrize("blocks_from", [1, 1000])
+def test_marginals_are_those_of_all_paths(monkeypatch, steps, blocks_from):
+    monkeypatch.setattr(markov, "BLOCKS_FROM", blocks_from)
+    factors = random_factors(steps)
+    found, total = marginals(factors, (2,))
+    single, pairs, truth = listed(factors)
+    torch.testing.assert_close(total, truth, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found.single, single, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(found.pairs, pairs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("steps", [120, 1000, 1024])
+@pytest.mark.parametrize("spread", [1.0, 30.0, 400.0])
+def test_blocks_give_what_one_step_at_a_time_gives(monkeypatch, steps, spread):
+    """A spread of 400 nats underflows inside blocks; the answer is the slower recursion's then."""
+    factors = random_factors(steps, spread=spread)
+    found, total = marginals(factors, (2,))
+    monkeypatch.setattr(markov, "BLOCKS_FROM", 10**9)
+    expected, truth = marginals(factors, (2,))
+    torch.testing.assert_close(total, truth, rtol=1e-12, atol=1e-9)
+    torch.testing.assert_close(found.single, expected.single, rtol=1e-7, atol=1e-9)
+    torch.testing.assert_close(found.pairs, expected.pairs, rtol=1e-7, atol=1e-9)
+
+
+def test_states_that_do_not_meet_keep_scales_of_their_own(monkeypatch):
+    """Two chains of states without a way between; each block favours one by 600 nats, and then the other."""
+    steps, off = 401, -math.inf
+    later = torch.zeros(steps - 1, 1, 2, 2, dtype=F64)
+    later[:, :, 0, 1] = later[:, :, 1, 0] = off
+    later[:200, :, 0, 0] = -60.0
+    later[200:, :, 1, 1] = -60.0
+    factors = Factors(torch.zeros(1, 2, dtype=F64), later)
+    log_a, total = forward(factors.first, factors.later)
+    assert abs(float(total) - (math.log(2) - 60.0 * 200)) < 1e-6
+    torch.testing.assert_close(log_a[-1].exp(), torch.full((1, 2), 0.5, dtype=F64), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("emissions", ["normal", "categorical"])
+def test_evidence_and_draws_of_the_family(emissions):
+    """2,000 independent draws: |z| < 4.9 for mean and second moment of each state number, and of neighbours' products;
+    an error of 0.11 sd is seen."""
+    problem = hidden_markov.problem(emissions=emissions, num_data=3, num_steps=6)
+    posterior = infer(problem, ForwardBackward(num_samples=2000), seed=0)
+    assert posterior.status.done, posterior.status
+    listing = infer(problem, Enumeration())
+    torch.testing.assert_close(posterior.log_evidence.value, listing.log_evidence.value, rtol=1e-12, atol=1e-12)
+    assert posterior.log_evidence.kind == "exact"
+    functions = [lambda d, t=t: d[f"z_{t}"].double() ** p for t in range(6) for p in (1, 2)]  # noqa: B023
+    functions += [lambda d, t=t: (d[f"z_{t}"] * d[f"z_{t + 1}"]).double() for t in range(5)]
+    functions += [lambda d, t=t: (d[f"z_{t}"] == 1).double() for t in range(6)]
+    for function in functions:
+        truth = listing.expectation(function)
+        sd = (listing.expectation(lambda d, f=function: f(d) ** 2) - truth**2).clamp_min(1e-12).sqrt()
+        z = (posterior.expectation(function) - truth) / sd * math.sqrt(2000)
+        assert float(z.abs().max()) < 4.9
+
+
+def test_without_markov_and_with_plates_masks_and_one_hot_states():
+    """Inner plates, two sites at a step, an observation of a transition, one-hot states, two batch plates."""
+
+    def model(y: Tensor) -> None:
+        move, loc = y.new_tensor([[0.7, 0.3], [0.2, 0.8]]), y.new_tensor([-1.0, 1.5])
+        with pyro.plate("rows", 2, dim=-2), pyro.plate("columns", 3, dim=-1):
+            z = None
+            for t in range(5):
+                new = pyro.sample(f"z_{t}", dist.OneHotCategorical(y.new_tensor([0.4, 0.6]) if z is None else z @ move))
+                with pyro.poutine.mask(mask=torch.tensor(t != 2)), pyro.plate(f"inner_{t}", 4, dim=-3):
+                    pyro.sample(f"x_{t}", dist.Normal(new @ loc, 1.0), obs=y[t])
+                if z is not None:
+                    pyro.sample(f"d_{t}", dist.Normal((new - z) @ loc, 2.0), obs=y[t, 0])
+                z = new
+
+    y = torch.randn(5, 4, 2, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    problem = Problem(model, args=(y,))
+    posterior = infer(problem, ForwardBackward(num_samples=50), seed=0)
+    assert posterior.status.done, posterior.status
+    assert posterior.batch_shape == (2, 3)
+    listing = infer(problem, Enumeration())
+    torch.testing.assert_close(posterior.log_evidence.value, listing.log_evidence.value, rtol=1e-10, atol=1e-10)
+
+
+# -- the program rolled up -------------------------------------------------------------------------------------------
+
+
+def test_the_rolled_program_is_the_program_at_every_theta():
+    problem = hidden_markov.problem(num_data=2, num_steps=30, data_dim=2)
+    density = Density(problem)
+    with isolated(0), torch.no_grad(), density:
+        chain = Chain(density)
+        for step in range(4):
+            density.theta.set(
+                {
+                    "transition": torch.softmax(torch.randn(3, 3, dtype=F64), -1),
+                    "locs": torch.randn(3, 2, dtype=F64),
+                    "scales": torch.rand(3, 2, dtype=F64) + 0.5,
+                }
+            )
+            rolled_up, plain = chain.factors(), Chain(density).factors()
+            assert bool(chain.groups) == (step > 0)
+            torch.testing.assert_close(rolled_up.first, plain.first, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(rolled_up.later, plain.later, rtol=1e-12, atol=1e-12)
+        assert sum(len(g.numbers) for g in chain.groups) == 60
+        assert len(chain.groups) <= 8  # three cycles of dimensions, two sites, and the first step
+
+
+def test_what_depends_on_values_cannot_be_rolled_up():
+    theta = torch.tensor(2.0)
+    with pytest.raises(RollError):
+        rolled(lambda: [theta * 2 if theta > 1 else theta], [theta])
+    group, *_ = rolled(lambda: [theta * c for c in (torch.tensor(1.0), torch.tensor(3.0))], [theta])
+    theta.fill_(5.0)
+    assert group().tolist() == [5.0, 15.0]
+
+
+# -- learning ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("emissions", ["normal", "categorical"])
+def test_baum_welch_is_em_by_listing(emissions):
+    problem = hidden_markov.problem(emissions=emissions, num_steps=6, num_data=5)
+    fits = [learn(problem, EM(num_steps=8, e_step=e)) for e in (ForwardBackward(num_samples=5), Enumeration())]
+    assert fits[0].trail.kind == "exact"
+    torch.testing.assert_close(fits[0].trail.value, fits[1].trail.value, rtol=1e-10, atol=1e-9)
+    for name, value in fits[0].parameters.items():
+        torch.testing.assert_close(value, fits[1].parameters[name], rtol=1e-7, atol=1e-9)
+
+
+def test_baum_welch_never_falls_and_ends_where_the_gradient_vanishes():
+    problem = hidden_markov.problem(num_data=2, num_steps=120, num_states=2, seed=1)
+    fit = learn(problem, EM(num_steps=150, tolerance=1e-9))
+    assert fit.trail.kind == "exact"
+    assert float(fit.trail.value.diff().min()) > -1e-8
+    leaves = {n: v.clone().requires_grad_() for n, v in fit.parameters.items()}
+    value = hidden_markov.reference(leaves, problem.args[0]).log_evidence.value.sum()
+    assert abs(float(value.detach()) - float(fit.trail.value[-1])) < 1e-7
+    for name, gradient in zip(leaves, torch.autograd.grad(value, list(leaves.values())), strict=True):
+        if name == "initial":  # two sequences: it may stand at a corner
+            continue
+        if name == "transition":  # along the simplex
+            gradient = gradient - (gradient * leaves[name].detach()).sum(-1, keepdim=True)
+        assert float(gradient.abs().max()) < 1e-3, name
+
+
+def test_default_e_step_of_a_long_chain_is_forward_backward():
+    problem = hidden_markov.problem(num_data=1, num_steps=40)
+    fit = learn(problem, EM(num_steps=2))
+    assert fit.trail.kind == "exact"
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------
+
+
+def chain_of(step) -> Problem:
+    """A chain of three states, whose logits at t are step(all states before)."""
+
+    def model(y: Tensor) -> None:
+        with pyro.plate("data", 2):
+            states = []
+            for t in range(5):
+                states.append(pyro.sample(f"z_{t}", dist.Categorical(logits=step(states))))
+                pyro.sample(f"y_{t}", dist.Normal(states[-1].double(), 1.0), obs=y[:, t])
+
+    return Problem(model, args=(torch.zeros(2, 5, dtype=F64),))
+
+
+def test_what_is_no_chain_is_refused_with_the_reason():
+    table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(0), dtype=F64)
+    second = chain_of(lambda s: table[s[-1], s[-2]] if len(s) > 1 else table[0, 0])
+    assert "depends on a latent before" in why_not(second, ForwardBackward())
+    third = chain_of(lambda s: table[0][s[-3]] if len(s) > 2 else table[0, 0])
+    assert why_not(third, ForwardBackward()) != ""
+    first = chain_of(lambda s: table[0][s[-1]] if s else table[0, 0])
+    assert why_not(first, ForwardBackward()) == ""
+    assert "continuous" in why_not(linear_gaussian_ssm.problem(), ForwardBackward())
+    assert "no chain" in why_not(gaussian_mixture.problem(), ForwardBackward())
+
+
+def test_impossible_data_end_in_a_failure():
+    problem = hidden_markov.problem(num_data=2, num_steps=5)
+    x = problem.args[0].clone()
+    x[1, 2] = 1e200
+    status = infer(replace(problem.on(x), reference=None), ForwardBackward()).status
+    assert status.state == "failed"
+    assert "1 data, first [1]" in status.reason
