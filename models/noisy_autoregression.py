@@ -39,11 +39,11 @@ def problem(*, num_steps: int = 6, noise: float = 0.8, seed: int = 0) -> Problem
         z.append(0.8 * z[-1] + 0.6 * shock)
 
     def model(x: Tensor) -> None:
-        a = pyro.sample("a", dist.Normal(A_LOC, A_SCALE))
-        q = pyro.sample("q", dist.LogNormal(Q_LOC, Q_SCALE))
+        a = pyro.sample("a", dist.Normal(x.new_tensor(A_LOC), A_SCALE))
+        q = pyro.sample("q", dist.LogNormal(x.new_tensor(Q_LOC), Q_SCALE))
         z = None
         for t in pyro.markov(range(len(x))):
-            z = pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0) if z is None else dist.Normal(a * z, q))
+            z = pyro.sample(f"z_{t}", dist.Normal(x.new_zeros(()), 1.0) if z is None else dist.Normal(a * z, q))
             pyro.sample(f"x_{t}", dist.Normal(z, r), obs=x[t])
 
     x = torch.stack(z) + r * shocks[1]
