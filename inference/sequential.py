@@ -10,7 +10,6 @@ the weights W_{t-1} that are carried stand in it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -24,12 +23,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .cloud import Cloud, Plan, taken
 from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
 from .program import SOMETIMES, Scribe, Site
-from .resampling import ancestors, takes
-from .tempering import _of_families, added
 
 
 @dataclass(frozen=True)
@@ -77,115 +75,6 @@ def why_not_sequential(density: Density) -> str:
     if not density.vectorised:
         return "the program cannot be batched over draws, and particles run side by side"
     return ""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How particles are carried: `count` in each of `runs` independent filters; the rest as in `tempering.Plan`."""
-
-    count: int
-    runs: int = 1
-    guided: bool = False
-    scheme: str = "systematic"
-    policy: str = "adaptive"
-    threshold: float = 0.5
-
-
-class Cloud:
-    """Particles of all filters and data, (S, R, *batch) each figure; what is told of them so far.
-
-    Lanes are numbered s R + r. `ancestors` holds, for each time of resampling, who descends from whom.
-    """
-
-    def __init__(self, density: Density, plan: Plan) -> None:
-        self.plan, self.batch = plan, tuple(density.batch_shape)
-        self.values: dict[str, tuple[Tensor, int]] = {}  # site -> (S, R, *batch, *own) as drawn, and when
-        self.present: dict[str, tuple[Tensor, int]] = {}  # the same, as far as it was brought up to date
-        self.ancestors: list[Tensor] = []
-        shape = (plan.count, plan.runs, *self.batch)
-        self.even = torch.full(shape, -math.log(plan.count), dtype=torch.float64, device=density.device)
-        self.log_weights = self.even
-        self.log_evidence = torch.zeros_like(self.even[0])
-        self.chance, self.apart = torch.zeros_like(self.log_evidence), torch.zeros_like(self.log_evidence)
-        self.eve = torch.arange(plan.count, device=density.device).reshape(-1, *[1] * (len(shape) - 1)).expand(shape)
-        self.filtered: list[tuple[Tensor, int]] = []  # the weights at the end of each step, and when
-        self.least = torch.full_like(self.log_evidence, plan.count)  # the smallest effective sample size
-        self.log_joint = torch.zeros_like(self.even)  # of each particle's line
-        self.fixed: dict[str, Tensor] = {}  # the given sites' values, constrained, (R, *own)
-
-    def lanes(self, own: Tensor) -> Tensor:
-        return own.flatten(0, 1)
-
-    def spread(self, lanes: Tensor) -> Tensor:
-        """(lanes, ...) -> (S, R, ...)."""
-        return lanes.reshape(self.plan.count, self.plan.runs, *lanes.shape[1:])
-
-    def draw(self, name: str, lanes: Tensor) -> None:
-        self.values[name] = self.present[name] = (self.spread(lanes), len(self.ancestors))
-
-    def read(self, name: str) -> Tensor:
-        """A site's values in the lanes that stand now, (lanes, *batch, *own)."""
-        value, since = self.present[name]
-        for index in self.ancestors[since:]:
-            value = taken(value, index)
-        self.present[name] = value, len(self.ancestors)
-        return self.lanes(value)
-
-    def weigh(self, increment: Tensor, log_joint: Tensor, final: bool) -> None:
-        """End a step: weights, evidence and, but at the end, resampling. Both (lanes, *batch), of this step."""
-        plan = self.plan
-        self.log_joint = self.log_joint + self.spread(log_joint.to(self.even))
-        new = added(self.log_weights, self.spread(increment.to(self.even)))
-        total = torch.logsumexp(new, 0)
-        self.log_evidence = self.log_evidence + total
-        alive = self.log_evidence.isfinite()
-        held = _of_families(self.eve, self.log_weights)
-        self.log_weights = torch.where(alive, new - total, self.even)
-        self.apart = self.apart + (_of_families(self.eve, self.log_weights) - held).square().sum(0)
-        self.filtered.append((self.log_weights, len(self.ancestors)))
-        size = 1 / (2 * self.log_weights).exp().sum(0)
-        self.least = torch.minimum(self.least, size)
-        if final or plan.policy == "never":  # the weights of the end are kept: resampling would only add noise
-            return
-        again = alive & (size < plan.threshold * plan.count) if plan.policy == "adaptive" else alive
-        if not bool(again.any()):
-            return
-        S = plan.count
-        shape = (takes(plan.scheme, S), again.numel())
-        uniform = torch.rand(shape, dtype=self.even.dtype, device=self.even.device)
-        index = ancestors(plan.scheme, torch.where(again, self.log_weights, self.even).reshape(S, -1), uniform)
-        stay = torch.arange(S, device=index.device).reshape(-1, *[1] * again.dim())
-        index = torch.where(again, index.reshape(S, *again.shape), stay)
-        held = _of_families(self.eve, self.log_weights)
-        self.eve, self.log_joint = self.eve.gather(0, index), self.log_joint.gather(0, index)
-        self.log_weights = torch.where(again, self.even, self.log_weights)
-        self.chance = self.chance + (_of_families(self.eve, self.log_weights) - held).square().sum(0)
-        self.ancestors.append(index)
-
-    def variance(self) -> Tensor:
-        """Relative variance of each filter's evidence, by the families of the first particles (as `smc` does)."""
-        families = _of_families(self.eve, self.log_weights)
-        around = (families - 1 / self.plan.count).square().sum(0)
-        return torch.maximum(around - self.chance, self.apart)
-
-    def families(self) -> Tensor:
-        return (_of_families(self.eve, self.log_weights) > 0).sum(0)
-
-    def paths(self) -> dict[str, Tensor]:
-        """The lines of the particles of the end, site -> (S, R, *batch, *own)."""
-        found, index, at = {}, None, len(self.ancestors)
-        for name, (value, when) in sorted(self.values.items(), key=lambda item: -item[1][1]):
-            for earlier in reversed(self.ancestors[when:at]):
-                index = earlier if index is None else earlier.gather(0, index)
-            at = min(at, when)
-            found[name] = value if index is None else taken(value, index)
-        return {name: found[name] for name in self.values}
-
-
-def taken(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, R, *batch, *own) of the particles index (S, R, *batch)."""
-    expanded = index.reshape(*index.shape, *[1] * (values.dim() - index.dim()))
-    return values.gather(0, expanded.expand(*index.shape, *values.shape[index.dim() :]))
 
 
 @dataclass

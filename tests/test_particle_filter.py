@@ -19,11 +19,12 @@ from torch import Tensor
 from zoo import EXACT
 
 from pyrometer.inference import Problem, ProblemError, infer, why_not
+from pyrometer.inference.cloud import Plan
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 from pyrometer.inference.engines.particle_filter import ParticleFilter
 from pyrometer.inference.engines.particle_marginal import ParticleMarginalMetropolis
-from pyrometer.inference.sequential import Plan, carried, shared_latents, time_of
+from pyrometer.inference.sequential import carried, shared_latents, time_of
 from pyrometer.models import deep_markov, hidden_markov, linear_gaussian_ssm, noisy_autoregression
 
 F64 = torch.float64

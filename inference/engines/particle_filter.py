@@ -23,12 +23,13 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
+from ..cloud import Cloud, Plan
 from ..density import Density
 from ..engine import Draws, Run, seed_all
 from ..posterior import Evidence, evidence_from_weights
 from ..problem import ProblemError
 from ..resampling import POLICIES, SCHEMES
-from ..sequential import Cloud, Plan, carried, check_lines, why_not_sequential
+from ..sequential import carried, check_lines, why_not_sequential
 from ..settings import check_choice, check_share, settings
 
 PROPOSALS, SMOOTHING = ("auto", "bootstrap", "guide"), ("ancestry", "backward")

@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..cloud import Plan
 from ..density import Density
 from ..engine import Draws, EngineError, Run, seed_all
 from ..problem import ProblemError
 from ..resampling import SCHEMES
-from ..sequential import Plan, carried, shared_latents, time_of, why_not_sequential
+from ..sequential import carried, shared_latents, time_of, why_not_sequential
 from ..settings import check_choice, check_share, settings
 
 CANDIDATES = 10  # draws of the prior for each chain, of which the best is its start
