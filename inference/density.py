@@ -14,7 +14,7 @@ Every density also takes constrained values, site -> (*sample, *batch, *event), 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
@@ -34,6 +34,7 @@ from .survey import survey_guide, survey_model
 
 Values = Mapping[str, Tensor]
 
+TERMS = frozenset({"terms"})  # what `Density.read` writes down
 _CHUNK = 2**23  # numbers that a vmapped run holds at once, roughly: bounds memory, not results
 _COMPILE_FROM = 2**26  # from this many numbers on, a run over draws is compiled and takes them
 _BLOCK = 2**18  # so many at a time: they stay in the processor's cache
@@ -564,6 +565,17 @@ class Density:
             self.counts.update(before)
 
     # -- running -------------------------------------------------------------------------------------------------
+
+    def read(self, given: Values, free: Collection[str] = (), want: frozenset[str] = TERMS) -> Reading:
+        """One plain run at values of all latents as Pyro lays them out, those of `free` unconstrained. Not counted."""
+        scribe = Scribe(self.sites, given, transformed=free, minibatch=self._minibatch, want=want)
+        with scribe, pyro.validation_enabled(False):
+            self.problem.model(*self.args, **self.kwargs)
+        return scribe.reading
+
+    def batched(self, function: Callable[[Any], Any], inputs: Values, count: int) -> Any:
+        """A function of one draw, which calls `read`, over the first dimension of its inputs. Not counted."""
+        return self._map(function, dict(inputs), count, counted=False)
 
     def _run(self, z: Any, want: frozenset[str] = frozenset()) -> Reading:
         """One plain run of the model at z: a flat u (*batch, D), or values site -> (*batch, *event)."""

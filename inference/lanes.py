@@ -37,17 +37,25 @@ class Lanes:
     per_datum  chains or particles of each datum
     parts      the log densities that are evaluated, (u (*sample, *batch, D)) -> J of (*sample, *batch)
     width      lanes of a block, at most; where that is less than all, the data must be ones that can be sliced
+    reads      tensors that the parts read and that change between calls
     """
 
-    def __init__(self, density: Density, per_datum: int, parts: Parts = log_joint, width: int = WIDTH) -> None:
-        self.density, self.per_datum, self.parts = density, per_datum, parts
+    def __init__(
+        self,
+        density: Density,
+        per_datum: int,
+        parts: Parts = log_joint,
+        width: int = WIDTH,
+        reads: Sequence[Tensor] = (),
+    ) -> None:
+        self.density, self.per_datum, self.parts, self.reads = density, per_datum, parts, list(reads)
         self.data = max(1, density.batch_shape.numel())
         self.total = per_datum * self.data
         self.shape = (per_datum, *density.batch_shape)
         self.width = self.total if width >= self.total or not _sliceable(density, parts) else width
         self.whole = self.width == self.total
         self._outer = density.row_numbers  # of a minibatch that the lanes are in
-        self._rows = None if self.whole and self._outer is None else self._numbers(torch.arange(self.width)).clone()
+        self.rows = None if self.whole and self._outer is None else self._numbers(torch.arange(self.width)).clone()
         self.ids = torch.arange(self.width)
         self._slower: dict[str, str] = {}
 
@@ -66,8 +74,8 @@ class Lanes:
     def place(self, ids: Tensor) -> None:
         """Let these lanes (width,) be the ones that are evaluated."""
         self.ids = ids
-        if self._rows is not None:
-            self._rows.copy_(self._numbers(ids))
+        if self.rows is not None:
+            self.rows.copy_(self._numbers(ids))
 
     def _numbers(self, ids: Tensor) -> Tensor:
         """The rows of the data that are evaluated for lanes."""
@@ -78,7 +86,7 @@ class Lanes:
 
     def evaluate(self, u: Tensor, gradient: bool = True) -> tuple[Tensor, Tensor]:
         """The parts (W, J) at u (W, D), and their gradients (W, J, D), or (W, J, 0) without."""
-        with nullcontext() if self._rows is None else self.density.minibatch(self._rows):
+        with nullcontext() if self.rows is None else self.density.minibatch(self.rows):
             shaped = u.reshape(*self.shape, u.shape[1]) if self.whole else u
             if not gradient:
                 values = torch.stack([part.reshape(-1) for part in self.parts(self.density, shaped)], 1)
@@ -99,7 +107,8 @@ class Lanes:
             with self.density.uncounted():  # also where it stays as it is, and calls the density each time
                 return function(*args)
 
-        made = self.density.compile(uncounted, list(examples), [] if self._rows is None else [self._rows])
+        rows = [] if self.rows is None else [self.rows]
+        made = self.density.compile(uncounted, list(examples), [*rows, *self.reads])
         if made.why:
             self._slower[made.backend] = made.why
         return made

@@ -308,12 +308,12 @@ def answer(density: Density, record: Record) -> Draws:
         sample_stats=stats,
         state=state,
         notes=lanes.notes(),
-        alarms=(*_not_finite(stats["lp"]), *_stuck(stats["lp"])),
+        alarms=(*not_finite(stats["lp"]), *stuck(stats["lp"])),
         figures={name: torch.tensor(value) for name, value in record.figures.items()},
     )
 
 
-def _not_finite(lp: Tensor) -> Iterator[str]:
+def not_finite(lp: Tensor) -> Iterator[str]:
     """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
     broken = (~lp.isfinite()).all(1).any(0).reshape(-1)
     if bool(broken.any()):
@@ -321,7 +321,7 @@ def _not_finite(lp: Tensor) -> Iterator[str]:
         yield f"the log density is not finite at {_listed(broken)}: {whose} draws mean nothing"
 
 
-def _stuck(lp: Tensor) -> Iterator[str]:
+def stuck(lp: Tensor) -> Iterator[str]:
     """Data at which a chain stays far below the others."""
     lost = below(lp)[1].any(0).reshape(-1)
     if bool(lost.any()):

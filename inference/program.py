@@ -7,7 +7,7 @@ reparam ...) has had its say, sets the values at latent sites, and adds up log p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,9 +53,10 @@ class Site:
     support: Tensor | None = None  # of an enumerable site: (k, *event)
     auxiliary: bool = False
     reparameterised: bool = True
-    bounded: bool = False  # a continuous site that has no density somewhere
+    bounded: bool = False  # a site that has no density somewhere, which its formula may not say
     simulated: bool = False  # an observed site that can be drawn from, and has no density
     reweighted: bool = False  # masked or scaled: its draws are not what its density says
+    domain: Any = None  # of a continuous site: the constraint that its values satisfy
     unconstrained_event_dim: int = 0
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
@@ -118,16 +119,18 @@ class Reading:
     values: dict[str, Tensor] = field(default_factory=dict)
     unconstrained: dict[str, Tensor] = field(default_factory=dict)
     pointwise: dict[str, Tensor] = field(default_factory=dict)
+    terms: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Scribe(Messenger):
     """Sets latent values and writes down a `Reading`.
 
     given          site -> value in Pyro's layout; sites not given are drawn from the program
-    transformed    the given values are unconstrained: map each by its site's own support, as it is at this run,
-                   and add the log-Jacobian (so a support that depends on another site is right)
-    want           what to write down besides the log probabilities: 'values', 'unconstrained', 'pointwise';
-                   'drawn': the values alone; 'trace': only set values, since a trace outside does the writing
+    transformed    the given values, or those of these sites, are unconstrained: map each by its site's own support, as
+                   it is at this run, and add the log-Jacobian (so a support that depends on another site is right)
+    want           what to write down besides the log probabilities: 'values', 'unconstrained', 'pointwise', 'terms'
+                   (the log probability of every site as Pyro lays it out); 'drawn': the values alone; 'trace': only
+                   set values, since a trace outside does the writing
     minibatch      (plate, indices, scale): the program sees these rows of the data; sites of the plate are scaled
     """
 
@@ -136,14 +139,14 @@ class Scribe(Messenger):
         sites: Mapping[str, Site],
         given: Mapping[str, Tensor],
         *,
-        transformed: bool = False,
+        transformed: bool | Collection[str] = False,
         minibatch: tuple[Plate, Tensor, float] | None = None,
         want: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.sites = sites
         self.given = given
-        self.transformed = transformed
+        self.transformed = frozenset((given if transformed is True else transformed) or ())
         self.minibatch = minibatch
         self.want = want
         self.reading = Reading()
@@ -166,7 +169,7 @@ class Scribe(Messenger):
                 msg["value"] = _draw_lkj(msg["fn"])
             return
         value = self.given[name]
-        if self.transformed:
+        if name in self.transformed:
             transform = biject_to(msg["fn"].support)
             unconstrained, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(unconstrained, value)
@@ -195,12 +198,14 @@ class Scribe(Messenger):
                 self.reading.values[name] = site.to_own(value.expand(site.shape_of(fn, value)), site.event_dim)
             return
         raw = fn.log_prob(value)
-        if site.bounded and name in self.given and not self.transformed:
+        if site.bounded and name in self.given and name not in self.transformed:
             # formulas go on outside of the support, where there is no density
             raw = torch.where(fn.support.check(value), raw, -math.inf)
         log_prob = scale_and_mask(raw, msg["scale"], msg["mask"])
         if log_prob.dim() < len(fn.batch_shape):
             log_prob = log_prob.expand(fn.batch_shape)
+        if "terms" in self.want:
+            self.reading.terms[name] = log_prob
         if site.role == "latent":
             per_element = self._per_element(log_prob, site)
             self.reading.log_prior = self.reading.log_prior + per_element

@@ -266,10 +266,14 @@ def _describe(name: str, msg: Message) -> Site:
                 "a discrete choice and what is drawn given it, or give the distribution a support that is known."
             ) from None
         described["bounded"] = not _is_real(fn.support)
+        described["domain"] = fn.support
         described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
         described["unconstrained_event_dim"] = fn.event_dim - (
             transform.codomain.event_dim - transform.domain.event_dim
         )
+    support = _support(fn) if discrete else None
+    if discrete and support is None:
+        described["bounded"] = True  # who steps from value to value may step outside
     return Site(
         name,
         role,
@@ -277,7 +281,7 @@ def _describe(name: str, msg: Message) -> Site:
         plates,
         shape,
         discrete=discrete,
-        support=_support(fn) if discrete else None,
+        support=support,
         auxiliary=bool(infer.get("is_auxiliary")),
         reparameterised=bool(fn.has_rsample),
         **described,
