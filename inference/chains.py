@@ -161,7 +161,8 @@ def below(lp: Tensor) -> tuple[Tensor, Tensor]:
     spread = 1.4826 * (lp - median[:, None]).abs().median(1).values
     middle = median.argsort(0, descending=True)[(len(lp) - 1) // 2][None]
     gap = median.gather(0, middle) - median
-    return gap, gap > FAR_BELOW * spread.gather(0, middle)
+    usual = spread.gather(0, middle)
+    return gap, (gap > FAR_BELOW * usual) & (usual > 0)  # discrete latents may keep one value most of the time
 
 
 def crowded(where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[str]:

@@ -29,7 +29,16 @@ from sklearn.datasets import load_digits
 
 from pyrometer import models
 from pyrometer.inference.problem import ProblemError
-from pyrometer.models import conjugate_gaussian, eight_schools, gaussian_mixture, ppca, vae
+from pyrometer.models import (
+    conjugate_gaussian,
+    eight_schools,
+    gaussian_mixture,
+    lda,
+    noisy_or,
+    ppca,
+    sigmoid_belief_network,
+    vae,
+)
 
 F64 = torch.float64
 
@@ -163,6 +172,43 @@ def schools(theta):
     return stats.norm.logpdf(Y, theta, SE).sum()
 
 
+def noisy_or_case(rng):
+    problem = noisy_or.problem(num_data=5, num_causes=3, num_effects=4)
+    x, z = problem.args[0].numpy(), rng.integers(2, size=(5, 3))
+    theta = {"rates": rng.uniform(size=3), "strengths": rng.uniform(size=(3, 4)), "leaks": rng.uniform(size=4)}
+    expected = stats.bernoulli.logpmf(z, theta["rates"]).sum()
+    for row, causes in zip(x, z, strict=True):
+        for k in range(4):
+            absent = 1 - theta["leaks"][k]
+            for j in range(3):
+                if causes[j]:
+                    absent *= 1 - theta["strengths"][j, k]
+            expected += math.log(1 - absent if row[k] else absent)
+    return problem, tensors(**{f"cause_{j}": z[:, j] for j in range(3)}), tensors(**theta), expected
+
+
+def belief_network_case(rng):
+    problem = sigmoid_belief_network.problem(num_data=5, data_dim=4, latent_dim=3)
+    x, z = problem.args[0].numpy(), rng.integers(2, size=(5, 3))
+    theta = {"W": rng.normal(size=(4, 3)), "a": rng.normal(size=3), "b": rng.normal(size=4)}
+    on = lambda logits: 1 / (1 + np.exp(-logits))  # noqa: E731
+    expected = stats.bernoulli.logpmf(z, on(theta["a"])).sum()
+    expected += sum(stats.bernoulli.logpmf(x[i], on(theta["W"] @ z[i] + theta["b"])).sum() for i in range(5))
+    return problem, {"z": torch.as_tensor(z.T, dtype=F64)}, tensors(**theta), expected
+
+
+def lda_case(rng):
+    problem = lda.problem(num_documents=2, num_words=3, num_topics=2, vocabulary=3)
+    words, z = problem.args[0].numpy(), rng.integers(2, size=(2, 3))
+    topics, shares = rng.dirichlet(np.ones(3), size=2), rng.dirichlet(np.ones(2), size=2)
+    seeds = np.array([[2.0, 0.5, 2.0], [0.5, 2.0, 0.5]])
+    expected = sum(stats.dirichlet.logpdf(t, s) for t, s in zip(topics, seeds, strict=True))
+    expected += sum(stats.dirichlet.logpdf(s, [0.8, 0.8]) for s in shares)
+    for d, n in itertools.product(range(2), range(3)):
+        expected += math.log(shares[d, z[d, n]]) + math.log(topics[z[d, n], words[d, n]])
+    return problem, {"z": torch.as_tensor(z), **tensors(topics=topics, shares=shares[:, None])}, {}, expected
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -173,6 +219,9 @@ def schools(theta):
         ppca_case,
         eight_schools_case,
         non_centred_case,
+        noisy_or_case,
+        belief_network_case,
+        lda_case,
     ],
 )
 def test_log_joint_equals_a_second_density(case):
@@ -328,6 +377,72 @@ def test_mixture_evidence_is_what_pyro_enumerates():
 def start_of(problem):
     trace = poutine.trace(problem.model).get_trace(*problem.args)
     return {name: node["value"].detach() for name, node in trace.nodes.items() if node["type"] == "param"}
+
+
+@pytest.mark.parametrize(
+    ("problem", "sites"),
+    [
+        (noisy_or.problem(num_data=4, num_causes=3, num_effects=5), ["cause_0", "cause_1", "cause_2"]),
+        (sigmoid_belief_network.problem(num_data=4, data_dim=5, latent_dim=3), ["z"]),
+    ],
+)
+def test_networks_of_bits_by_summing_the_program(problem, sites):
+    """Every joint value of three bits put into the program itself, all data alike; the sums per datum by numpy."""
+    theta = start_of(problem)
+    rows = []
+    for bits in itertools.product([0.0, 1.0], repeat=3):
+        alike = torch.tensor(bits, dtype=F64)[:, None].expand(3, 4)
+        values = dict(zip(sites, alike, strict=True)) if len(sites) == 3 else {"z": alike}
+        trace = traced(problem.model, problem.args, values, theta)
+        terms = [n["log_prob"] for n in trace.nodes.values() if n["type"] == "sample" and "log_prob" in n]
+        rows.append(sum(t.reshape(-1, 4).sum(0) for t in terms if t.numel() >= 4).detach().numpy())
+    rows = np.array(rows)
+    weight = np.exp(rows - np.logaddexp.reduce(rows))
+    reference = problem.reference_at(theta)
+    assert_close(reference.log_weights, rows, 1e-10)
+    assert_close(reference.log_evidence.value, np.logaddexp.reduce(rows), 1e-10)
+    bits = np.array(list(itertools.product([0.0, 1.0], repeat=3)))
+    found = torch.stack([reference.mean[s] for s in sites], 1) if len(sites) == 3 else reference.mean["z"]
+    assert_close(found, weight.T @ bits, 1e-10)
+
+
+def test_lda_reference_by_quadrature():
+    """One document of two words: shares on a line, topics integrated by their Dirichlet means, word by word."""
+    problem = lda.problem(num_documents=1, num_words=2, num_topics=2, vocabulary=2)
+    first, second = problem.args[0][0].tolist()
+    seeds = np.array([[2.0, 0.5], [0.5, 2.0]])
+
+    def said(z):
+        """p(words | their topics): the second word after the first raised its count where it is of the same topic."""
+        counts = seeds.copy()
+        p = counts[z[0], first] / counts[z[0]].sum()
+        counts[z[0], first] += 1
+        return p * counts[z[1], second] / counts[z[1]].sum()
+
+    prior = lambda s: stats.beta.pdf(s, 0.8, 0.8)  # noqa: E731
+    total = share = moved = 0.0
+    for z in itertools.product([0, 1], repeat=2):
+        ways = lambda s, z=z: math.prod(s if k == 0 else 1 - s for k in z)  # noqa: E731
+        mass = integrate.quad(lambda s, f=ways: prior(s) * f(s), 0, 1, epsabs=1e-12, epsrel=1e-12)[0] * said(z)
+        moment = integrate.quad(lambda s, f=ways: s * prior(s) * f(s), 0, 1, epsabs=1e-12, epsrel=1e-12)[0] * said(z)
+        total, share, moved = total + mass, share + moment, moved + mass * z[1]
+    reference = problem.reference_at({})
+    assert_close(reference.log_evidence.value, math.log(total), 1e-8)
+    assert_close(reference.mean["shares"][0, 0], share / total, 1e-8)
+    assert_close(reference.mean["z"][0, 1], moved / total, 1e-8)
+
+
+def test_lda_evidence_is_the_likelihood_averaged_over_the_prior():
+    """40,000 draws of topics and shares, words summed out by hand: |z| < 4.9 on the natural scale."""
+    problem = lda.problem()
+    words, rng = problem.args[0].numpy(), np.random.default_rng(0)
+    seeds = 0.5 + 1.5 * (np.arange(4) % 2 == np.arange(2)[:, None])
+    topics = np.stack([rng.dirichlet(s, size=40_000) for s in seeds], 1)  # (S, K, V)
+    shares = rng.dirichlet([0.8, 0.8], size=(40_000, 3))
+    likelihood = np.einsum("sdk,skdn->sdn", shares, topics[:, :, words]).prod((1, 2))
+    exact = math.exp(float(problem.reference_at({}).log_evidence.value))
+    assert abs(likelihood.mean() - exact) < 4.9 * likelihood.std() / 200
+    assert likelihood.std() / 200 < 0.02 * exact
 
 
 @pytest.mark.parametrize("scale", [0.9, 1.0, 3.0])
