@@ -44,19 +44,23 @@ class Structure:
         with density.uncounted(), torch.no_grad():
             terms = density.read(values).terms
             self.shapes = {name: tuple(term.shape) for name, term in terms.items()}
-            self.reach = self._reached(values, list(terms))
+            self.reach = self._reached({name: value[:2] for name, value in state.items()}, list(terms))
             self.apart = [p for p in self._plates() if not self._couples(state, p)]
 
     def _plates(self) -> list[Plate]:
         return list(dict.fromkeys(p for site in self.density.latents.values() for p in site.plates))
 
-    def _reached(self, values: Mapping[str, Tensor], terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Latent -> the sites whose terms depend on it; all where the program decides by values what it runs."""
+    def _reached(self, values: State, terms: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Latent -> the sites whose terms depend on it, by runs at two draws; all sites where the program decides by
+        values what it runs."""
         names = list(values)
 
-        def function(*args: Tensor) -> tuple[Tensor, ...]:
-            found = self.density.read(dict(zip(names, args, strict=True))).terms
+        def one(row: State) -> tuple[Tensor, ...]:
+            found = self.density.read(row).terms
             return tuple(found[name] for name in terms)
+
+        def function(*args: Tensor) -> tuple[Tensor, ...]:
+            return self.density.batched(one, dict(zip(names, args, strict=True)), 2)
 
         everything = dict.fromkeys(names, tuple(terms))
         if not self.density.vectorised:

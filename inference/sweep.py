@@ -93,6 +93,14 @@ class Sweep:
         for within, seed in zip(self.within, seeds, strict=True):
             within.begin(seed, step_size)
 
+    def settle(self) -> None:
+        """Draw the discrete latents: at a start it is the continuous ones that were chosen, and a chance draw of labels
+        would lead them astray."""
+        for exact in self.exact:
+            if all(name in self.density.discrete for name in exact.names):
+                for turn in range(len(exact.slots)):
+                    exact.move(self.state, turn)
+
     def notes(self) -> Iterator[str]:
         how: dict[str, list[str]] = {}
         for name, word in self.words.items():

@@ -476,7 +476,7 @@ def three_tools(monkeypatch):
     """Three tools of every kind: ours, a peer, and one whose library nobody has."""
     made = [
         Tool(name, kind, {library: library}, "float64", lambda case, plan: None)
-        for kind in ("posterior", "per-datum", "svi", "importance", "mixture")
+        for kind in ("posterior", "per-datum", "gibbs", "svi", "importance", "mixture")
         for name, library in ((tools.OURS, "torch"), ("peer-fast", "numpy"), ("absent", "no-such-library"))
     ]
     monkeypatch.setattr(tools, "tools", lambda: made)
@@ -709,6 +709,7 @@ def test_every_case_has_what_its_kind_needs_and_we_are_timed_on_it(name):
     needs = {
         "posterior": "data problem numpyro_model pymc_model SHAPES constrain log_joint identified",
         "per-datum": "data problem SHAPES log_joint identified",
+        "gibbs": "data problem numpyro_model SHAPES identified",
         "svi": "SIZE",
         "importance": "data problem NUM_DRAWS truth",
         "mixture": "problem start NUM_STEPS",

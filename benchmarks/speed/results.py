@@ -14,7 +14,14 @@ from .agreement import Disagreement, disagreements
 from .record import Estimate, Measurement, Plan, together
 from .tools import OURS
 
-UNITS = {"posterior": "ESS/s", "per-datum": "ESS/s", "svi": "steps/s", "importance": "draws/s", "mixture": "steps/s"}
+UNITS = {
+    "posterior": "ESS/s",
+    "per-datum": "ESS/s",
+    "gibbs": "ESS/s",
+    "svi": "steps/s",
+    "importance": "draws/s",
+    "mixture": "steps/s",
+}
 FITS = ("svi", "mixture")  # agree on a loss, not on moments
 
 

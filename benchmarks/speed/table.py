@@ -27,6 +27,8 @@ MEANING = {
     "difference to {to}, over means and mean squares, in standard errors.",
     "per-datum": "ESS: the smallest bulk effective sample size over the scalars of the data that are judged. |z|: the "
     "largest difference to {to}, over means and mean squares, in standard errors.",
+    "gibbs": "ESS: the smallest bulk effective sample size over the latents that all tools judge. |z|: the largest "
+    "difference to {to}, over means and mean squares, in standard errors.",
     "svi": "warm, again, cold and cached are for {count} steps. loss: mean of the last hundred, in nats per datum; all "
     "start from the same weights and see the same data.",
     "mixture": "warm is for {count} EM steps without the set-up. loss: minus the log likelihood, in nats per datum; "
@@ -75,7 +77,7 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("tool", no_wrap=True)
     agreement = "loss" if kind in FITS else "|z|"
-    drawn = ("grad/s", "ESS") if kind in ("posterior", "per-datum") else ()
+    drawn = ("grad/s", "ESS") if kind in ("posterior", "per-datum", "gibbs") else ()
     for title in (UNITS[kind], "ours/it", "warm s", "(least)", "again", "cold", "cached", *drawn, agreement, "bits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:

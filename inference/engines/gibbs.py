@@ -139,6 +139,8 @@ class Gibbs:
             sweep.begin(start, seeds, self.step_size)
             if run.warm:
                 self._tuned(run.warm, sweep)
+            else:
+                sweep.settle()
             inside, ends = adaptation.schedule(self.warmup_steps)
             for t in range(0 if run.warm else self.warmup_steps):
                 self._once(sweep)
@@ -166,21 +168,18 @@ class Gibbs:
         """Of some draws of the prior the one that explains the data best, for each chain and datum. Raises
         `EngineError` where none has a finite density."""
         chains, batch = self.num_chains, density.batch_shape
-        best, score = dict[str, Tensor](), torch.full((chains, *batch), -math.inf, dtype=density.dtype)
-        score = score.to(density.device) if density.device is not None else score
+        best, score = dict[str, Tensor](), None
         for _ in range(0, self.initial_tries, CHOICE):
             values = some_draws(density, CHOICE * chains)
-            found = density.log_joint(values)
-            likely = density.log_likelihood(values) if not density.improper else found
-            likely = torch.where(found.isfinite(), likely, -math.inf).reshape(CHOICE, chains, *batch)
-            top, at = likely.max(0)
-            better = top > score
+            likely = torch.where(density.log_joint(values).isfinite(), _likely(density, values), -math.inf)
+            top, at = likely.reshape(CHOICE, chains, *batch).max(0)
+            better = top > score if score is not None else torch.ones_like(top) > 0
             for name, value in values.items():
                 rows = value.reshape(CHOICE, chains, *value.shape[1:])
                 wide = (*at.shape, *[1] * (rows.dim() - 1 - at.dim()))
                 one = rows.gather(0, at.reshape(1, *wide).expand(1, *rows.shape[1:]))[0]
                 best[name] = torch.where(better.reshape(wide), one, best.get(name, one))
-            score = torch.maximum(score, top)
+            score = top if score is None else torch.maximum(score, top)
             if bool(score.isfinite().all()):
                 return best
         raise EngineError(
@@ -245,6 +244,19 @@ class Gibbs:
             notes=tuple(sweep.notes()),
             alarms=(*mcmc.not_finite(stats["lp"]), *mcmc.stuck(stats["lp"])),
         )
+
+
+def _likely(density: Density, values: Mapping[str, Tensor]) -> Tensor:
+    """How well each draw explains the data, (n, *batch): by its continuous latents where the others can be summed out,
+    for a chance draw of many labels says nothing of the places that it was drawn with."""
+    given = {n: values[n] for n in density.continuous}
+    if given and density.discrete and not density.unlisted:
+        try:
+            joint = density.log_joint(given)
+            return joint if density.improper else joint - density.log_prior(given)
+        except (RuntimeError, ValueError, NotImplementedError):
+            pass  # elements that interact cannot be summed out
+    return density.log_joint(values) if density.improper else density.log_likelihood(values)
 
 
 def _is_list(value: Any) -> bool:

@@ -14,6 +14,8 @@
     'per-datum'    NUTS, four chains for each of many data; speed is effective draws per second of the worst datum
         data(), problem(data), SHAPES, identified(z)        as above; draws (C, S, N, *event), unconstrained
         log_joint(z, x, data, xp)        log p(x, z) of one datum by hand, in nats
+    'gibbs'        Gibbs sampling, four chains, discrete latents drawn too; speed is effective draws per second
+        data(), problem(data), numpyro_model(data), SHAPES, identified(z)       as above; SHAPES of the latents judged
     'svi'          steps of a VAE's fit; speed is steps per second
         SIZE                             a `_vae.Size`
     'importance'   prior draws weighted by the likelihood; speed is draws per second

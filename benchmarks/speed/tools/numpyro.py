@@ -16,6 +16,7 @@ import numpy as np
 from ..record import Draws, Plan, Steps
 from . import Prepared, Tool
 
+GIBBS_SHARE = 10
 WARMUP = 1000  # NumPyro has no default: what its documentation uses, and Stan
 
 
@@ -60,6 +61,32 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
         return Draws({name: np.asarray(draws[name]) for name in case.SHAPES}, warmup, int(np.sum(gradients)))
 
     return Prepared(called, warm)
+
+
+def gibbs(method: str, case: ModuleType, plan: Plan) -> Prepared:
+    """`DiscreteHMCGibbs`, which moves labels one by one, NUTS for the rest. A sweep costs the square of the data: it is
+    given a tenth of the draws, and as many to warm up, so that it ends; what is compared are effective draws a second."""
+    import jax
+    from numpyro.infer import MCMC, NUTS, DiscreteHMCGibbs, init_to_median
+
+    draws = max(50, plan.draws // GIBBS_SHARE)
+    warmup = draws if plan.warmup is None else plan.warmup
+    sampler = MCMC(
+        DiscreteHMCGibbs(NUTS(case.numpyro_model(case.data()), init_strategy=init_to_median)),
+        num_warmup=warmup,
+        num_samples=draws,
+        num_chains=plan.chains,
+        chain_method=method,
+        progress_bar=False,
+        jit_model_args=True,
+    )
+
+    def called(seed: int) -> Draws:
+        sampler.run(jax.random.PRNGKey(seed))
+        found = sampler.get_samples(group_by_chain=True)
+        return Draws({name: np.asarray(found[name]) for name in case.SHAPES}, warmup)
+
+    return Prepared(called, called)
 
 
 def over_chains(chain: Callable[[Any], Any], method: str) -> Callable[[Any], Any]:
@@ -143,6 +170,10 @@ TOOLS = [
     for name, method in (("parallel", "parallel"), ("sequential", "sequential"), ("vectorised", "vectorized"))
 ]
 TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]
+TOOLS += [
+    Tool("numpyro-gibbs", "gibbs", REQUIRES, "float32", partial(gibbs, "parallel"), devices, compiles=False),
+    Tool("numpyro-gibbs-x64", "gibbs", REQUIRES, "float64", partial(gibbs, "parallel"), devices_x64, compiles=False),
+]
 TOOLS += [
     Tool("numpyro-step", "svi", FIT_REQUIRES, "float32", partial(svi, 1)),
     Tool("numpyro-scan", "svi", FIT_REQUIRES, "float32", partial(svi, 100)),

@@ -34,6 +34,28 @@ def nuts(precision: str, case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def gibbs(case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import Gibbs, infer
+
+    problem = case.problem(case.data())
+    warmup = {} if plan.warmup is None else {"warmup_steps": plan.warmup}
+    engine = Gibbs(num_samples=plan.draws, num_chains=plan.chains, **warmup)
+
+    def called(seed: int) -> Draws:
+        posterior = infer(problem, engine, seed=seed)
+        if not posterior.status.done:
+            raise RuntimeError(str(posterior.status))
+        cost = posterior.cost
+        return Draws(
+            {name: posterior.draws[name].numpy() for name in case.SHAPES},
+            warmup=engine.warmup_steps,
+            seconds=cost.seconds - cost.compile_seconds,
+            note=f"its density ran as {cost.backend} code",
+        )
+
+    return Prepared(called, called)
+
+
 def svi(case: ModuleType, plan: Plan) -> Prepared:
     from pyrometer.inference import SVI, learn
 
@@ -94,6 +116,7 @@ TOOLS = [
     Tool(OURS, "posterior", REQUIRES, "float64", partial(nuts, "float64")),
     Tool(OURS, "per-datum", REQUIRES, "float64", partial(nuts, "float64")),
     Tool(f"{OURS}-float32", "per-datum", REQUIRES, "float32", partial(nuts, "float32")),
+    Tool(OURS, "gibbs", REQUIRES, "float64", gibbs),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
     Tool(OURS, "mixture", REQUIRES, "float64", mixture),
