@@ -65,7 +65,7 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
 
 def gibbs(method: str, case: ModuleType, plan: Plan) -> Prepared:
     """`DiscreteHMCGibbs`, which moves labels one by one, NUTS for the rest. A sweep costs the square of the data: it is
-    given a tenth of the draws, and as many to warm up, so that it ends; what is compared are effective draws a second."""
+    given a tenth of the draws, and as many to warm up, so that it ends; effective draws a second are compared."""
     import jax
     from numpyro.infer import MCMC, NUTS, DiscreteHMCGibbs, init_to_median
 
