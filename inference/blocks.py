@@ -10,13 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from numbers import Number
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import conjugate
-from .conditionals import Profile, Slot, State, Unit
+from .conditionals import Profile, Slot, State, Unit, Way
 from .conjugate import Family, Frame
 from .density import TERMS, Density
 from .engine import EngineError
@@ -29,49 +29,39 @@ from .program import Scribe
 FARTHEST = 64.0  # steps of a walk over whole numbers
 
 
-class Way(Protocol):
-    """How the elements of a unit are drawn from their profiles; `word` says it."""
-
-    @property
-    def word(self) -> str: ...
-
-    @property
-    def count(self) -> int:
-        """Points of the profile."""
-
-    def points(self, now: State, slot: Slot) -> State:
-        """Where to evaluate, (P, C, *elements, *event), from the values in the slot."""
-
-    def draw(self, points: State, profile: Tensor, slot: Slot) -> State:
-        """New values (C, *elements, *event), given log densities (P, C, *elements). Raises `EngineError`."""
-
-
 class Listed:
     """Every joint value of discrete latents: exact, by the categorical distribution of the profile."""
+
+    word = "by enumeration"
 
     def __init__(self, tables: State) -> None:
         self.tables = tables  # name -> (P, *event)
         self.count = len(next(iter(tables.values())))
-        self.word = "by enumeration"
 
-    def points(self, now: State, slot: Slot) -> State:
-        found = {}
-        for name, value in now.items():
-            table = self.tables[name]
-            lead = value.dim() - (table.dim() - 1)
-            table = table.reshape(len(table), *[1] * lead, *table.shape[1:])
-            found[name] = table.expand(len(table), *value.shape)
-        return found
+    def inputs(self, now: State, slot: Slot) -> tuple[Tensor, ...]:
+        name, table = next(iter(self.tables.items()))
+        value = now[name]
+        shape = value.shape[: value.dim() - table.dim() + 1]
+        return (torch.rand(shape, dtype=torch.float64, device=value.device),)
 
-    def draw(self, points: State, profile: Tensor, slot: Slot) -> State:
+    def points(self, *inputs: Tensor) -> State:
+        (uniform,) = inputs
+        ones = [1] * uniform.dim()
+        return {n: t.reshape(len(t), *ones, *t.shape[1:]).expand(len(t), *uniform.shape, *t.shape[1:])
+                for n, t in self.tables.items()}  # fmt: skip
+
+    def reduce(self, profile: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        (uniform,) = inputs
         best = profile.amax(0)
-        if not bool(best.isfinite().all()):
-            raise EngineError(f"site {', '.join(self.tables)}: no value has a positive, finite probability")
         total = (profile - best).exp().cumsum(0)
-        height = torch.rand_like(best) * total[-1]
-        height = torch.minimum(height, torch.nextafter(total[-1], torch.zeros_like(height)))
-        index = (total <= height).sum(0)  # (C, *elements)
-        return {name: table[index] for name, table in self.tables.items()}
+        height = uniform * (total[-1] * (1 - 2.0**-52))  # below the total, so that what has no probability is not met
+        index = (total <= height).sum(0)
+        return (best.isfinite().all(), *(table[index] for table in self.tables.values()))
+
+    def draw(self, inputs: tuple[Tensor, ...], found: tuple[Tensor, ...], slot: Slot) -> State:
+        if not bool(found[0]):
+            raise EngineError(f"site {', '.join(self.tables)}: no value has a positive, finite probability")
+        return dict(zip(self.tables, found[1:], strict=True))
 
 
 class Walk:
@@ -84,20 +74,24 @@ class Walk:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def points(self, now: State, slot: Slot) -> State:
+    def inputs(self, now: State, slot: Slot) -> tuple[Tensor, ...]:
         value = now[self.name]
-        shape, device = value.shape, value.device
-        far = torch.exp(torch.rand(shape, device=device) * math.log(FARTHEST)).ceil()
-        size = torch.where(torch.rand(shape, device=device) < 0.5, 1.0, far)
-        sign = torch.where(torch.rand(shape, device=device) < 0.5, -1.0, 1.0)
-        return {self.name: torch.stack([value, value + (size * sign).to(value.dtype)])}
+        far, near, up, uniform = torch.rand((4, *value.shape), dtype=torch.float64, device=value.device)
+        size = torch.where(near < 0.5, 1.0, torch.exp(far * math.log(FARTHEST)).ceil())
+        step = torch.where(up < 0.5, -size, size).to(value.dtype)
+        return value, value + step, uniform
 
-    def draw(self, points: State, profile: Tensor, slot: Slot) -> State:
-        values = points[self.name]
+    def points(self, *inputs: Tensor) -> State:
+        return {self.name: torch.stack(inputs[:2])}
+
+    def reduce(self, profile: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        value, proposal, uniform = inputs
         rise = profile[1] - profile[0]
-        rise = torch.where(rise.isnan(), -math.inf, rise)
-        takes = torch.rand_like(rise).log() < rise
-        return {self.name: torch.where(takes, values[1], values[0])}
+        takes = (uniform.log() < rise) & ~rise.isnan()
+        return (torch.where(takes, proposal, value),)
+
+    def draw(self, inputs: tuple[Tensor, ...], found: tuple[Tensor, ...], slot: Slot) -> State:
+        return {self.name: found[0]}
 
 
 class Conjugate:
@@ -114,24 +108,28 @@ class Conjugate:
     def begin(self, value: Tensor) -> None:
         self.frame = Frame(value.clone(), torch.full_like(value, self.spread))
 
-    def _there(self, slot: Slot) -> Frame:
+    def inputs(self, now: State, slot: Slot) -> tuple[Tensor, ...]:
         at = (slice(None), *slot)
-        return Frame(self.frame.centre[at], self.frame.scale[at])
+        return self.frame.centre[at], self.frame.scale[at], now[self.name]
 
-    def points(self, now: State, slot: Slot) -> State:
-        value = now[self.name]
-        return {self.name: torch.cat([conjugate.points(self.family, self._there(slot)), value[None]])}
+    def points(self, *inputs: Tensor) -> State:
+        centre, scale, value = inputs
+        return {self.name: torch.cat([conjugate.points(self.family, Frame(centre, scale)), value[None]])}
 
-    def draw(self, points: State, profile: Tensor, slot: Slot) -> State:
-        frame, profile, last = self._there(slot), profile[: self.count - 1], profile[-1]
+    def reduce(self, profile: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        centre, scale, value = inputs
+        profile, last = profile[: self.count - 1], profile[self.count - 1]
         fit = conjugate.fit(self.family, profile)
-        off = conjugate.misfit(self.family, fit.b, frame, profile[0], points[self.name][-1], last)
-        if not bool((fit.proper & (off < 1)).all()):
+        off = conjugate.misfit(self.family, fit.b, Frame(centre, scale), profile[0], value, last)
+        return fit.b, (fit.proper & (off < 1)).all()
+
+    def draw(self, inputs: tuple[Tensor, ...], found: tuple[Tensor, ...], slot: Slot) -> State:
+        if not bool(found[1]):
             raise EngineError(
                 f"site {self.name!r}: its conditional was found to be {self.family.word}, but is not where the chain "
                 f"came to; move it by a kernel: Gibbs(blocks={{{self.name!r}: 'hmc'}})"
             )
-        value, moved = self.family.draw(fit.b, frame)
+        value, moved = self.family.draw(found[0], Frame(*inputs[:2]))
         at = (slice(None), *slot)
         self.frame.centre[at], self.frame.scale[at] = moved.centre, moved.scale
         return {self.name: value}
@@ -142,8 +140,7 @@ class Exact:
 
     def __init__(self, density: Density, units: Sequence[Unit], ways: Sequence[Way]) -> None:
         self.units, self.ways = list(units), list(ways)
-        self.count = max(way.count for way in ways)
-        self.profile = Profile(density, units, self.count)
+        self.profile = Profile(density, units, ways)
         self.slots: list[tuple[Slot, ...]] = [(slot,) for slot in units[0].each_slot()]
         if len(units) > 1:  # of one slot each
             self.slots = [tuple(next(u.each_slot()) for u in units)]
@@ -155,7 +152,7 @@ class Exact:
     @property
     def calls(self) -> int:
         """Evaluations of one chain in one sweep."""
-        return self.count * len(self.slots)
+        return self.profile.num_points * len(self.slots)
 
     def begin(self, state: State) -> None:
         self.profile.renew()
@@ -163,20 +160,15 @@ class Exact:
             if isinstance(way, Conjugate):
                 way.begin(state[u.names[0]])
 
-    def move(self, state: State, turn: int, compiled: bool = True) -> None:
+    def move(self, state: State, turn: int) -> None:
         slots = self.slots[turn]
-        points = []
-        for u, way, slot in zip(self.units, self.ways, slots, strict=True):
-            found = way.points({n: state[n][(slice(None), *slot)] for n in u.names}, slot)
-            if way.count < self.count:
-                found = {
-                    n: torch.cat([v, v[-1:].expand(self.count - way.count, *v.shape[1:])]) for n, v in found.items()
-                }
-            points.append(found)
-        profiles = self.profile(state, points, slots, compiled)
-        for way, slot, at, profile in zip(self.ways, slots, points, profiles, strict=True):
-            at = {n: v[: way.count] for n, v in at.items()}
-            for name, value in way.draw(at, profile[: way.count], slot).items():
+        inputs = [
+            way.inputs({n: state[n][(slice(None), *slot)] for n in u.names}, slot)
+            for u, way, slot in zip(self.units, self.ways, slots, strict=True)
+        ]
+        found = self.profile(state, inputs, slots)
+        for way, slot, given, answer in zip(self.ways, slots, inputs, found, strict=True):
+            for name, value in way.draw(given, answer, slot).items():
                 state[name][(slice(None), *slot)] = value
 
 
@@ -295,7 +287,7 @@ class Within:
         self.step, self.mass = step_size * ones, torch.ones_like(u)
         self.moved = Moved(ones, ones, ones, ones > 1)
 
-    def move(self, state: State, turn: int = 0, compiled: bool = True) -> None:
+    def move(self, state: State, turn: int = 0) -> None:
         if not self.carries:
             self.u = self._to_u(*state.values())[0].reshape(-1, self.dim)
         point = Point(self.u, *self._evaluate(self.u))

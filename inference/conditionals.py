@@ -21,12 +21,12 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .compile import LARGEST_GRAPH
+from .compile import LARGEST_GRAPH, Compiled
 from .density import Density
 from .program import Plate
 from .trace import TraceError, trace
@@ -194,64 +194,114 @@ def unit(structure: Structure, state: State, names: tuple[str, ...], event: int 
     return Unit(names, terms, shape, apart, event, plates)
 
 
+class Way(Protocol):
+    """How the elements of a unit are drawn. `points` and `reduce` are compiled with the density; what depends on random
+    numbers alone is among the `inputs`, (C, *elements, ...) each."""
+
+    word: str  # how, in words
+    count: int  # points of the profile
+
+    def inputs(self, now: State, slot: Slot) -> tuple[Tensor, ...]:
+        """From the values in the slot."""
+
+    def points(self, *inputs: Tensor) -> State:
+        """Where to evaluate, (P, C, *elements, *event)."""
+
+    def reduce(self, profile: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """What the draw needs of the log densities (P, C, *elements)."""
+
+    def draw(self, inputs: tuple[Tensor, ...], found: tuple[Tensor, ...], slot: Slot) -> State:
+        """New values (C, *elements, *event). Raises `EngineError`."""
+
+
+class Given:
+    """Points as they are handed over, and the log densities there: to look at a conditional."""
+
+    word = "not at all"
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
+
+    def inputs(self, now: State, slot: Slot) -> tuple[Tensor, ...]:
+        return (now[self.name],)
+
+    def points(self, *inputs: Tensor) -> State:
+        return {self.name: inputs[0]}
+
+    def reduce(self, profile: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return (profile,)
+
+    def draw(self, inputs: tuple[Tensor, ...], found: tuple[Tensor, ...], slot: Slot) -> State:
+        return {}
+
+
 class Profile:
-    """The profiles of units that do not meet in any term, compiled: from the state, points and slots to log densities.
+    """The profiles of units that do not meet in any term, and what their ways make of them: one compiled function."""
 
-    points of unit i: site -> (P, C, *elements, *event); answers (P, C, *elements) for each unit
-    """
-
-    def __init__(self, density: Density, units: Sequence[Unit], num_points: int) -> None:
-        self.density, self.units, self.num_points = density, tuple(units), num_points
+    def __init__(self, density: Density, units: Sequence[Unit], ways: Sequence[Way]) -> None:
+        self.density, self.units, self.ways = density, list(units), list(ways)
+        self.num_points = max(way.count for way in ways)
         self.names = list(density.latents)
-        self.wanted = [(u, n) for u in self.units for n in u.names]
         self._rows = None if density.row_numbers is None else density.row_numbers.clone()
-        self._run: dict[int, object] = {}
-        self.why = self.backend = ""
+        self._run: Compiled | None = None
+        self._sizes: list[tuple[int, int]] = []  # inputs and answers of each unit
+
+    @property
+    def backend(self) -> str:
+        return self._run.backend if self._run else "eager"
+
+    @property
+    def why(self) -> str:
+        return self._run.why if self._run else ""
 
     def __call__(
-        self, state: State, points: Sequence[State], slots: Sequence[Slot], compiled: bool = True
-    ) -> list[Tensor]:
-        """The log densities, counted: as many evaluations as points, for each chain."""
-        args = self._arguments(state, points, slots)
-        chains = len(args[0])
-        self.density.counts["evaluations"] += self.num_points * chains * self.density.batch_share
+        self, state: State, inputs: Sequence[tuple[Tensor, ...]], slots: Sequence[Slot], compiled: bool = True
+    ) -> list[tuple[Tensor, ...]]:
+        """The answers of each unit's way; counted, as many evaluations as points, for each chain."""
+        turning = [(u, slot) for u, slot in zip(self.units, slots, strict=True) if u.slots > 1]
+        held = [state[n] for n in self.names]
+        args = (*held, *(t for each in inputs for t in each), *(u.mask(slot, held[0].device) for u, slot in turning))
+        self.density.counts["evaluations"] += self.num_points * len(held[0]) * self.density.batch_share
+        self._sizes = [(len(each), 0) for each in inputs] if not self._sizes else self._sizes
         if not compiled:
-            return list(self._function(*args))
-        if chains not in self._run:
-            other = [torch.roll(a, 1, 0) if i < len(self.names) else a for i, a in enumerate(args)]
+            return self._apart(self._function(*args))
+        if self._run is None:
+            other = tuple(torch.roll(a, 1, 0) if i < len(held) else a for i, a in enumerate(args))
             moving = [] if self._rows is None else [self._rows]
-            made = self.density.compile(self._function, [tuple(args), tuple(other)], moving)
-            self._run[chains], self.why, self.backend = made, made.why, made.backend
-        return list(self._run[chains](*args))  # type: ignore[operator]
+            self._run = self.density.compile(self._function, [args, other], moving)
+        return self._apart(self._run(*args))
+
+    def _apart(self, answers: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        left = iter(answers)
+        return [tuple(itertools.islice(left, count)) for _, count in self._sizes]
 
     def renew(self) -> None:
         """The same profiles, of the minibatch that the density is in now."""
         if self._rows is not None and self.density.row_numbers is not None:
             self._rows.copy_(self.density.row_numbers)
 
-    def _arguments(self, state: State, points: Sequence[State], slots: Sequence[Slot]) -> list[Tensor]:
-        args = [state[n] for n in self.names]
-        args += [points[i][n] for i, u in enumerate(self.units) for n in u.names]
-        args += [u.mask(slot, args[0].device) for u, slot in zip(self.units, slots, strict=True) if u.slots > 1]
-        return args
-
     def _function(self, *args: Tensor) -> tuple[Tensor, ...]:
-        state, rest = dict(zip(self.names, args, strict=False)), list(args[len(self.names) :])
-        chains = len(args[0])
-        count = self.num_points * chains
-        masks = rest[len(self.wanted) :]
-        rows = {n: v.expand(self.num_points, *v.shape) for n, v in state.items()}
-        for (u, name), values in zip(self.wanted, rest, strict=False):
-            full = (self.num_points, *state[name].shape)
-            if u.slots > 1:
-                mask = masks[[v for v in self.units if v.slots > 1].index(u)]
-                rows[name] = torch.where(mask, values, state[name]).expand(full)
-            else:
-                rows[name] = values.expand(full)
-        flat = {n: v.reshape(count, *v.shape[2:]) for n, v in rows.items()}
+        left = iter(args)
+        state = {n: next(left) for n in self.names}
+        inputs = [tuple(itertools.islice(left, count)) for count, _ in self._sizes]
+        chains, p = len(args[0]), self.num_points
+        rows = {n: v.expand(p, *v.shape) for n, v in state.items()}
+        for u, way, given in zip(self.units, self.ways, inputs, strict=True):
+            mask = next(left) if u.slots > 1 else None
+            for name, values in way.points(*given).items():
+                if way.count < p:
+                    values = torch.cat([values, values[-1:].expand(p - way.count, *values.shape[1:])])
+                values = values if mask is None else torch.where(mask, values, state[name])
+                rows[name] = values.expand(rows[name].shape)
+        flat = {n: v.reshape(p * chains, *v.shape[2:]) for n, v in rows.items()}
         with self.density.minibatch(self._rows) if self._rows is not None else nullcontext():
-            found = self.density.batched(self._sums, flat, count)
-        return tuple(v.reshape(self.num_points, chains, *u.elements) for u, v in zip(self.units, found, strict=True))
+            found = self.density.batched(self._sums, flat, p * chains)
+        answers = [
+            way.reduce(v.reshape(p, chains, *u.elements)[: way.count], *given)
+            for u, way, v, given in zip(self.units, self.ways, found, inputs, strict=True)
+        ]
+        self._sizes = [(len(given), len(answer)) for given, answer in zip(inputs, answers, strict=True)]
+        return tuple(t for answer in answers for t in answer)
 
     def _sums(self, values: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         terms = self.density.read(values).terms

@@ -83,7 +83,8 @@ def points(family: Family, frame: Frame) -> Tensor:
 
 def fit(family: Family, log_density: Tensor) -> Fit:
     """From log densities (m + 1, ...) at `points`. Raises nothing: what is no distribution is not `proper`."""
-    b = torch.tensordot(_solver(family), log_density[1:] - log_density[:1], 1)
+    solver, rise = _solver(family), log_density[1:] - log_density[:1]
+    b = (solver.reshape(*solver.shape, *[1] * (rise.dim() - 1)) * rise).sum(1)
     return Fit(b, family.proper(b) & log_density.isfinite().all(0))
 
 

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from . import conjugate
-from .blocks import Conjugate, Exact, Listed, Walk, Way, Within
-from .conditionals import Profile, State, Structure, Unit, unit
+from .blocks import Conjugate, Exact, Listed, Walk, Within
+from .conditionals import Given, Profile, Slot, State, Structure, Unit, Way, unit
 from .conjugate import Family, Frame
 from .density import Density
 from .kernels.metropolis import Kernel
@@ -28,7 +28,7 @@ MOST_CALLS = 512  # evaluations that a closed form may take in a sweep: beyond, 
 MANY = 64  # continuous latents; of more no closed form is sought
 TRIED = 8  # draws from a family, at which the density must be the family's
 SLOTS_TRIED = 3
-DRAWS = 64  # of the prior, for how far the latents spread
+DRAWS = 32  # of the prior, for how far the latents spread
 
 Blocks = Sequence[tuple[tuple[str, ...], Kernel | None]]  # the latents of a block, and their kernel where it was named
 
@@ -190,8 +190,7 @@ class Sweep:
             at = (slice(None), *slot)
             value = state[name][at]
             frame = Frame(value, torch.full_like(value, spread))
-            where = conjugate.points(family, frame)
-            first = Profile(self.density, [u], len(where))(state, [{name: where}], [slot], compiled=False)[0]
+            first = self._profile(u, state, conjugate.points(family, frame), slot)
             fit = conjugate.fit(family, first)
             if not bool(fit.proper.all()):
                 return False
@@ -199,13 +198,18 @@ class Sweep:
                 draws[name][3 * i : 3 * i + 3][at] for i in range(4)
             ]
             v = torch.stack(tried)
-            found = Profile(self.density, [u], len(v))(state, [{name: v}], [slot], compiled=False)[0]
+            found = self._profile(u, state, v, slot)
             off = torch.stack(
                 [conjugate.misfit(family, fit.b, frame, first[0], *row) for row in zip(v, found, strict=True)]
             )
             if not bool((off < 1).all()):
                 return False
         return True
+
+    def _profile(self, u: Unit, state: State, points: Tensor, slot: Slot) -> Tensor:
+        """The log density at points (P, C, *elements, *event) of a unit of one latent."""
+        profile = Profile(self.density, [u], [Given(u.names[0], len(points))])
+        return profile(state, [(points,)], [slot], compiled=False)[0][0]
 
 
 def _spread(values: Tensor) -> float:

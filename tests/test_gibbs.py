@@ -215,9 +215,8 @@ def prior_dropped(monkeypatch):
     monkeypatch.setattr(Conjugate, "draw", _without_check)
 
 
-def _without_check(self, points_, profile, slot):
-    frame = self._there(slot)
-    value, _ = self.family.draw(fit(self.family, profile[: self.count - 1]).b, frame)
+def _without_check(self, inputs, found, slot):
+    value, _ = self.family.draw(found[0], Frame(*inputs[:2]))
     return {self.name: value}
 
 
@@ -246,8 +245,8 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
 
 
 def flat_labels(monkeypatch):
-    draw = Listed.draw
-    monkeypatch.setattr(Listed, "draw", lambda self, p, profile, slot: draw(self, p, 0.8 * profile, slot))
+    reduce = Listed.reduce
+    monkeypatch.setattr(Listed, "reduce", lambda self, profile, uniform: reduce(self, 0.8 * profile, uniform))
 
 
 @pytest.mark.parametrize("bug", [flat_labels, stale_value])
