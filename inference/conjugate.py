@@ -75,7 +75,7 @@ class Family(Protocol):
 
 def points(family: Family, frame: Frame) -> Tensor:
     """Where to evaluate the log density, (m + 1, ..., *event)."""
-    t = family.standard
+    t = family.standard.to(frame.centre)
     own = t.dim() - 1
     lead = frame.centre.dim() - own
     return family.to_value(t.reshape(t.shape[0], *[1] * lead, *t.shape[1:]).expand(len(t), *frame.centre.shape), frame)
@@ -83,7 +83,8 @@ def points(family: Family, frame: Frame) -> Tensor:
 
 def fit(family: Family, log_density: Tensor) -> Fit:
     """From log densities (m + 1, ...) at `points`. Raises nothing: what is no distribution is not `proper`."""
-    solver, rise = _solver(family), log_density[1:] - log_density[:1]
+    rise = log_density[1:] - log_density[:1]
+    solver = _solver(family).to(rise)
     b = (solver.reshape(*solver.shape, *[1] * (rise.dim() - 1)) * rise).sum(1)
     return Fit(b, family.proper(b) & log_density.isfinite().all(0))
 
@@ -92,7 +93,7 @@ def misfit(family: Family, b: Tensor, frame: Frame, first: Tensor, value: Tensor
     """How far log densities (...) at `value` (..., *event) are from the family's, relative to what rounding allows: of
     the family where below 1. `first` is the log density at the first point."""
     t = family.to_standard(value, frame)
-    origin = family.statistics(family.standard[:1])[:, 0]
+    origin = family.statistics(family.standard[:1])[:, 0].to(b)
     rise = ((family.statistics(t) - origin.reshape(-1, *[1] * (b.dim() - 1))) * b).sum(0)
     found = log_density - first
     allowed = 1e-8 * (1 + log_density.abs() + first.abs()) + 1e-7 * found.abs()

@@ -109,6 +109,8 @@ class Sweep:
         if not self.exact:
             yield "no latent is discrete or was found to have a conditional in closed form: all move by the kernel"
         for exact in self.exact:
+            if len(exact.slots) > 1:
+                yield f"the elements of {_listed(exact.names)} meet in other sites: they take {len(exact.slots)} turns"
             if exact.profile.why:
                 yield (
                     f"the conditional of {_listed(exact.names)} runs as {exact.profile.backend}, which is slower: "

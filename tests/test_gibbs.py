@@ -188,6 +188,30 @@ def test_random_scan_passes_the_exact_rank_test(model):
     assert verdict.accepted, verdict
 
 
+def test_ranks_of_the_truth_among_draws_of_long_chains_are_uniform():
+    """Simulation-based calibration (Talts et al. 2018, arXiv:1804.06788): cold starts, warm-up and all, of quantities
+    that do not change with the labels; 1,000 copies, the rank of the truth among 19 draws of a chain. p > 1e-6."""
+    copies = 1_000
+    torch.manual_seed(11)
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(F64)
+    truth, x = draws_of(mixture, EXAMPLES[mixture](copies), copies)
+    torch.set_default_dtype(old)
+    engine = Gibbs(num_chains=1, num_samples=95, warmup_steps=30)
+    posterior = infer(Problem(mixture, args=(x,)), engine, seed=3)
+    assert posterior.status.done, posterior.status
+    both = {n: torch.cat([truth[n][None], posterior.draws[n][0, 4::5]]).numpy() for n in truth}
+    found = {
+        "weight": np.minimum(both["weight"], 1 - both["weight"]),
+        "variance": both["variance"],
+        "means": both["mu"].sum(-1),
+        "apart": np.abs(both["mu"][..., 1] - both["mu"][..., 0]),
+        "log prior": -0.125 * (both["mu"] ** 2).sum(-1) + stats.invgamma.logpdf(both["variance"], 3, scale=2),
+    }
+    ranks = {n: (v[1:] < v[:1]).sum(0) for n, v in found.items()}
+    assert p_value(ranks, 20) > 1e-6
+
+
 @pytest.mark.parametrize(("kernel", "step"), [("hmc", 0.6), ("random_walk", 1.5)])
 def test_kernels_within_gibbs_pass_the_exact_rank_test(kernel, step):
     """Steps so large that a third or more is rejected: small ones hide mistakes of the accept step."""
