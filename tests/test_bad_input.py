@@ -430,7 +430,7 @@ REFUSED = {
     "another kind of device": (on(local, device="meta"), r"device='meta'.*'cpu' or 'cuda'"),
     # engines and learners
     "unknown engine": (on(local, engine="nutz"), r"no engine 'nutz'.*'nuts'"),
-    "unknown engine, far": (on(local, engine="gibbs"), r"no engine 'gibbs'.*There are: .*enumeration"),
+    "unknown engine, far": (on(local, engine="oracle"), r"no engine 'oracle'.*There are: .*enumeration"),
     "no engine": (on(local, engine=None), r"None is no engine: pass an instance"),
     "engine is a function": (on(local, engine=local), r"is no engine: pass an instance"),
     "unknown learner": (learning(learnable, "emm"), r"no learner 'emm'.*'em'"),
