@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
@@ -108,7 +108,7 @@ class Gibbs:
             return f"site {site!r} has no draws to start from: the prior of {other!r} is improper"
         return ""
 
-    def sized(self, calls: float, density: Density) -> Gibbs:
+    def sized(self, calls: float, density: Density) -> Self:
         """About `calls` evaluations and gradients: as many sweeps as they pay for, a third of them warm-up."""
         with density, torch.no_grad(), torch.random.fork_rng(devices=[]):
             each = self._sweep(density).calls + self.num_chains  # the log joint of each draw is told too
