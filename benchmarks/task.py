@@ -257,7 +257,10 @@ def _surroundings() -> tuple[str, ...]:
     """Versions, and the code that numbers come from."""
     folder = Path(pyrometer.inference.__file__).parent
     code = hashlib.sha256()
-    for path in [*sorted(folder.rglob("*.py")), *(Path(m.__file__) for m in (alarms, distances, metrics, scores))]:
+    for path in [
+        *sorted(folder.rglob("*.py")),
+        *(Path(inspect.getfile(m)) for m in (alarms, distances, metrics, scores)),
+    ]:
         code.update(path.read_bytes())
     return json.dumps(versions(), sort_keys=True), code.hexdigest()
 
