@@ -9,7 +9,7 @@ import math
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pyrometer.inference import ProblemError
@@ -98,28 +98,46 @@ class Record:
     def from_plain(cls, data: Mapping[str, Any]) -> Record:
         """The record of what `facts.plain` made of one. Raises ValueError where it is none."""
         try:
-            return typed(cls, data)
+            return typing.cast(Record, typed(cls, data))
         except (TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"not a record: {error}") from error
 
 
-@functools.cache
-def _hints(kind: Any) -> dict[str, Any]:
-    return typing.get_type_hints(kind)
+def typed(hint: Any, value: Any) -> Any:
+    """`value`, plain data as `facts.plain` writes them, as the type of this annotation: dataclasses by their fields,
+    'inf', '-inf' and 'nan' as numbers where a number is due. Fields that are not known are left out.
 
-
-def typed(kind: Any, value: Any) -> Any:
-    """`value`, read from JSON, as the annotation `kind` says: dataclasses, tuples, mappings, 'nan' and 'inf'."""
-    if value is None or kind is Any:
-        return value
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    Raises ValueError or TypeError where the data are of another form.
+    """
+    origin, inside = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return typed(next(arg for arg in args if arg is not type(None)), value)
+        if value is None and type(None) in inside:
+            return None
+        return typed(next(option for option in inside if option is not type(None)), value)
+    if is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(value, dict):
+            raise ValueError(f"expected the fields of {hint.__name__}, got {type(value).__name__}")
+        hints = _fields(hint)
+        return hint(**{name: typed(hints[name], item) for name, item in value.items() if name in hints})
     if origin is tuple:
-        return tuple(typed(args[0], item) for item in value)
+        items = _of(list, value)
+        of_items = inside if Ellipsis not in inside else [inside[0]] * len(items)
+        return tuple(typed(of, item) for of, item in zip(of_items, items, strict=True))
     if origin is not None and issubclass(origin, Mapping):
-        return {key: typed(args[1], item) for key, item in value.items()}
-    if is_dataclass(kind):
-        hints = _hints(typing.cast(Any, kind))
-        return typing.cast(Any, kind)(**{name: typed(hints[name], item) for name, item in value.items()})
-    return float(value) if kind is float else value
+        return {str(name): typed(inside[1], item) for name, item in _of(dict, value).items()}
+    if hint is float:
+        return float(value if isinstance(value, str) else _of((int, float), value))
+    return value if hint is Any else _of(hint, value)
+
+
+@functools.cache
+def _fields(of: type) -> dict[str, Any]:
+    """The fields of a dataclass with their types, looked up once."""
+    hints = typing.get_type_hints(of)
+    return {field.name: hints[field.name] for field in fields(of) if field.init}
+
+
+def _of(kind: Any, value: Any) -> Any:
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind not in (bool, Any)):
+        raise ValueError(f"expected {getattr(kind, '__name__', 'a number')}, got {type(value).__name__}")
+    return value

@@ -69,6 +69,8 @@ def laplace(
         density, lambda u: density.log_joint(u, jacobian=jacobian), starts, num_steps, tolerance
     )
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    if not bool(value.amax(0).isfinite().all()):
+        raise EngineError("the log joint or its curvature is not finite at any of the starting points")
     best = value.argmax(0)
     climbed, u, gradient, hessian = u, _pick(u, best), _pick(gradient, best), _pick(hessian, best)
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
@@ -105,6 +107,11 @@ def climb(
     they end, its value, gradient and Hessian there, and how much higher the next step would hope to be, (S, *batch)."""
     damping = torch.full(u.shape[:-1], 1e-3, dtype=u.dtype, device=u.device)
     value, gradient, hessian = _curvature(density, function, u)
+    # a point without curvature cannot climb, and is none to end at
+    whole = gradient.isfinite().all(-1) & hessian.isfinite().all(-1).all(-1)
+    value = torch.where(whole, value, torch.full_like(value, -math.inf))
+    gradient = torch.where(whole[..., None], gradient, torch.zeros_like(gradient))
+    hessian = torch.where(whole[..., None, None], hessian, -torch.eye(u.shape[-1], dtype=u.dtype, device=u.device))
     promise = torch.full_like(value, math.inf)
     for _ in range(num_steps):
         # -hessian + damping I, shifted where it is not positive definite, so that the step goes uphill
@@ -117,7 +124,7 @@ def climb(
             break
         proposal = u + step * moving[..., None]
         new = _curvature(density, function, proposal)
-        better = moving & (new[0] > value) & new[1].isfinite().all(-1)
+        better = moving & (new[0] > value) & new[1].isfinite().all(-1) & new[2].isfinite().all(-1).all(-1)
         u = torch.where(better[..., None], proposal, u)
         value = torch.where(better, new[0], value)
         gradient = torch.where(better[..., None], new[1], gradient)

@@ -272,7 +272,7 @@ def blocks(request, monkeypatch):
     if request.param == "in blocks":
         monkeypatch.setattr(mcmc, "SLOTS", 48)
         monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 16)
-        monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 48))
+        monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 48, ()))
     else:
         monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 160)
     return request.param
@@ -298,7 +298,7 @@ def test_the_width_of_a_block_changes_nothing(name, monkeypatch):
     wide = infer(problem, SMALL[name], seed=2)
     monkeypatch.setattr(mcmc, "SLOTS", 32)
     monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 16)
-    monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 160))
+    monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 160, ()))
     assert torch.equal(wide.draws["z"], infer(problem, SMALL[name], seed=2).draws["z"])
 
 

@@ -1048,7 +1048,7 @@ def test_importing_the_package_is_light():
 def test_find_suggests_the_nearest_name():
     with pytest.raises(ValueError, match=r"no model family 'vea'; did you mean 'vae'\?"):
         models.find("vea")
-    with pytest.raises(ValueError, match="there are: conjugate_gaussian, eight_schools"):
+    with pytest.raises(ValueError, match="there are: beta_binomial, bimodal, conjugate_gaussian"):
         models.find("zzzzzz")
 
 

@@ -242,16 +242,16 @@ def test_every_tool_takes_the_same_em_steps(tool, monkeypatch):
     """The likelihood after three steps from equal starts, to rounding; against the steps taken here by the model's own
     reference and M-step."""
     case = cases.load("em-mixture")
-    monkeypatch.setattr(case, "ROWS", 300)
+    monkeypatch.setattr(case, "ROWS", 2000)
     monkeypatch.setattr(case, "NUM_STEPS", 3)
     theta = {name: torch.as_tensor(value) for name, value in case.start().items()}
     problem, x = case.problem(), theta.pop("x")
     for _ in range(3):
         weights = torch.softmax(problem.reference_at(theta).log_weights, 0)
-        theta = problem.m_step({"z": torch.arange(5)[:, None].expand(5, 300)}, weights, x)
+        theta = problem.m_step({"z": torch.arange(5)[:, None].expand(5, 2000)}, weights, x)
     answer = tool.prepare(case, Plan()).called(3)
     assert answer.count == 3
-    assert answer.loss == pytest.approx(-problem.reference_at(theta).log_evidence.total()[0] / 300, rel=1e-10)
+    assert answer.loss == pytest.approx(-problem.reference_at(theta).log_evidence.total()[0] / 2000, rel=1e-10)
 
 
 @pytest.mark.parametrize("tool", installed("importance"))

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..cell import typed
 from ..gaps import Gaps
 from ..square import Cell, Square
-from .records import UNREADABLE, parse, read_as
+from .records import UNREADABLE, parse
 
 LARGEST = 2**26  # bytes of a file that is looked into
 
@@ -48,7 +49,7 @@ def crossings(folder: Path, unreadable: dict[str, str]) -> Iterator[Crossed]:
             read = parse(text)
             if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
                 continue
-            gaps = read_as(Gaps, read["gaps"]) if read.get("gaps") is not None else None
-            yield Crossed(file.name, read_as(Square, read), gaps)
+            gaps = typed(Gaps, read["gaps"]) if read.get("gaps") is not None else None
+            yield Crossed(file.name, typed(Square, read), gaps)
         except UNREADABLE as error:
             unreadable[file.name] = f"{type(error).__name__}: {error}"[:300]

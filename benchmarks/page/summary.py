@@ -15,10 +15,11 @@ from functools import cache
 from sys import intern
 from typing import Any
 
-from .. import metrics
+from .. import distances as _distances  # noqa: F401  the metrics there join the tables by being defined,
+from .. import scores as _scores  # noqa: F401  and these
 from ..cell import Cell, Record
 from ..comparison import PerDatum, Theta
-from ..metrics import METRICS, Score
+from ..metrics import BETTER, METRICS, MORE, Score
 
 LEVEL = 0.95
 LEVELS = ("good", "caution", "unknown", "bad")  # from the best to the worst
@@ -26,13 +27,12 @@ LEVELS = ("good", "caution", "unknown", "bad")  # from the best to the worst
 
 def better(metric: str) -> str:
     """'lower', 'higher', or '' where neither is better or this installation does not know the metric."""
-    known: Mapping[str, str] = getattr(metrics, "BETTER", dict.fromkeys(METRICS, "lower"))
-    return known.get(metric, "")
+    return BETTER.get(metric, "")
 
 
 def in_table(metric: str) -> bool:
     """Whether it has a column in the first table; the others stand in one of their own."""
-    return metric in METRICS and metric not in getattr(metrics, "MORE", ())
+    return metric in METRICS and metric not in MORE
 
 
 @cache

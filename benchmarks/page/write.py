@@ -17,6 +17,7 @@ from urllib.parse import quote
 
 from pyrometer.inference import ProblemError
 
+from ..alarms import score
 from ..cell import Record
 from ..facts import plain
 from .changes import Changes, changes
@@ -110,10 +111,7 @@ def _html(
 
 
 def _alarms(runs: Path) -> dict[str, Any] | None:
-    """The table of `benchmarks.alarms.score`, where this installation has it: words, columns, and rows of values."""
-    if importlib.util.find_spec(f"{__package__.rpartition('.')[0]}.alarms") is None:
-        return None
-    score = importlib.import_module("..alarms", __package__).score
+    """The table of `alarms.score`: words, columns, and rows of values."""
     scores = score(records(runs))
     shares = [{"caught": one.caught, "false": one.false} for one in scores]
     rows = [{**plain(one), **share} for one, share in zip(scores, shares, strict=True)]

@@ -17,7 +17,7 @@ from test_contract import (
     correlated,
     dirichlet_multinomial,
     flat_prior,
-    gamma_poisson,
+    poisson_rates,
     switching,
 )
 from torch import Tensor
@@ -57,7 +57,7 @@ def beta_bernoulli_entry() -> Entry:
 
 
 def gamma_poisson_entry() -> Entry:
-    problem = gamma_poisson()
+    problem = poisson_rates()
     x = problem.args[0].numpy()
     return Entry(
         problem,
