@@ -477,7 +477,7 @@ class Density:
 
     def _recorded(self, z: Tensor | Values, names: list[str]) -> dict[str, Tensor]:
         def one(v: Any) -> dict[str, Tensor]:
-            values = self._run(v, want=_VALUES).values
+            values = self._run(v, want=_DRAWN).values
             return {n: values[n] for n in names}
 
         return self._over_samples(one, z, random=True)
