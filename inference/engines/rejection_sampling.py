@@ -27,6 +27,8 @@ from ..problem import ProblemError
 from ..proposals import Proposal, Z, candidates, check_proposal, ready, refuse_undefined, settled, why_not_propose
 from ..settings import check_positive, settings
 
+FEWEST = 200  # proposals of the smallest run
+
 
 @settings
 class RejectionSampling:
@@ -72,8 +74,8 @@ class RejectionSampling:
     def sized(self, calls: float, density: Density) -> RejectionSampling:
         """About one accepted in ten is planned for; a smaller share ends at the budget and is told."""
         search = 0 if self.log_bound is not None else 3 * PILOT
-        budget = max(int(calls) - search, 1)
-        return replace(self, num_samples=max(1, budget // 10), max_proposals=budget)
+        budget = max(int(calls) - search, FEWEST)
+        return replace(self, num_samples=budget // 10, max_proposals=budget)
 
     def run(self, density: Density, run: Run) -> Draws:
         with run.tuning():
