@@ -28,6 +28,7 @@ from pyrometer.inference import ProblemError
 
 from .cell import Record
 from .grid import Grid, named, near
+from .metrics import MORE
 from .store import Store, StoreError
 from .task import Task, perform, tasks
 from .worker import Worker
@@ -327,7 +328,8 @@ class _Watch:
 
 
 def table(records: Iterable[Record]) -> Table:
-    """Engine by engine: how its cells ended, how many were judged good, and at the largest budget the median errors."""
+    """Engine by engine: how its cells ended, how many were judged good, and at the largest budget the median errors, by
+    the measures that a terminal has room for."""
     from rich.table import Table
 
     endings: dict[str, Counter[str]] = defaultdict(Counter)
@@ -336,6 +338,8 @@ def table(records: Iterable[Record]) -> Table:
         engine, row = record.cell.engine, record.row
         endings[engine].update((row.status.state, *(["good"] if row.level == "good" else [])))
         for title, score in row.errors.items():
+            if title in MORE:
+                continue
             errors[title][engine].append((record.cell.budget.calls or math.inf, score.average))
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     shown.add_column("engine", no_wrap=True)

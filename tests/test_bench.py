@@ -312,6 +312,8 @@ def test_a_cell_without_budget_has_the_numbers_of_compare(tmp_path):
     (record,) = done.records()
     assert {name: record.row.errors[name] for name in row.errors} == row.errors
     assert len(record.row.errors) > len(row.errors)  # a record has every measure
+    titles = [column.header for column in done.table().columns]
+    assert [title for title in titles if title.endswith("(median)")] == [f"{title} (median)" for title in row.errors]
     assert record.row.seed == row.seed
     assert record.row.log_evidence == row.log_evidence
     assert record.cell.method == "svi"
