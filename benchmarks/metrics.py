@@ -114,11 +114,20 @@ def total_variation(posterior: Posterior, reference: Reference) -> Score | None:
 def discrete(posterior: Posterior, reference: Reference) -> tuple[str, Tensor, Tensor] | None:
     """The site, its exact probabilities (*batch, K) and the answer's; None where they are not known."""
     sites = [site for site in reference.mean if site in posterior.draws]
-    if reference.log_weights is None or len(sites) != 1:
+    if reference.log_weights is None or not unordered(reference) or not sites:
         return None
     exact = torch.softmax(reference.log_weights.double(), 0).movedim(0, -1)
     values = torch.arange(exact.shape[-1])
     return sites[0], exact, posterior.expectation(lambda draws: draws[sites[0]].long()[..., None] == values)
+
+
+def unordered(reference: Reference) -> bool:
+    """Whether what is known is the probabilities of one latent's values, a cluster, say, whose moments mean nothing.
+    Listed weights of several latents, or of a vector of them, are of their joint values: moments then serve."""
+    if reference.log_weights is None or len(reference.mean) != 1:
+        return False
+    (mean,) = reference.mean.values()
+    return mean.shape == reference.log_weights.shape[1:]
 
 
 def _score(
@@ -131,7 +140,7 @@ def _score(
     errors: dict[str, Tensor] = {}
     floors: list[Tensor] = []
     for site in truth:
-        if site not in posterior.draws or site not in reference.sd or reference.log_weights is not None:
+        if site not in posterior.draws or site not in reference.sd or unordered(reference):
             continue
         value, true = estimate(site), truth[site].double()
         if value.shape != true.shape:

@@ -58,7 +58,16 @@ from pyrometer.inference import (
 from pyrometer.inference.diagnostics import Diagnostics
 from pyrometer.inference.posterior import Cost, Evidence
 from pyrometer.inference.problem import Later, Reference
-from pyrometer.models import conjugate_gaussian, eight_schools, gaussian_mixture, ppca, vae
+from pyrometer.models import (
+    conjugate_gaussian,
+    eight_schools,
+    gaussian_mixture,
+    hidden_markov,
+    noisy_or,
+    ppca,
+    sigmoid_belief_network,
+    vae,
+)
 
 # -- distances of two normals, by grids that hold them exactly --------------------------------------------------------
 
@@ -568,3 +577,20 @@ def test_draws_that_do_not_fit_are_refused(given, words):
     later = {**given, "draws": Later(lambda: given["draws"])}
     with pytest.raises(ProblemError, match=words):
         len(Reference("mcmc", mean={"z": torch.zeros(2)}, **later).draws)
+
+
+@pytest.mark.parametrize("family", [noisy_or, sigmoid_belief_network, hidden_markov])
+def test_listed_values_of_several_latents_are_judged_by_moments(family):
+    """Their joint values have weights, and no order; each latent by itself has a mean and an sd. Exact answers are at
+    zero; one whose first value is turned over is not."""
+    problem = family.problem()
+    posterior = infer(problem, Enumeration())
+    truth = problem.reference_at(posterior.parameters)
+    assert truth.log_weights is not None
+    scores = measure(posterior, truth, every=True)
+    assert scores["error of means"].largest < 1e-6
+    assert scores["error of sds"].largest < 1e-6
+    assert not {"total variation", "KL(answer, truth)", "KL(truth, answer)"} & set(scores)
+    site = next(iter(truth.mean))
+    turned = replace(posterior, draws={**posterior.draws, site: posterior.draws[site].amax() - posterior.draws[site]})
+    assert measure(turned, truth)["error of means"].largest > 0.1
