@@ -1357,3 +1357,20 @@ def test_an_engine_infers_at_the_theta_that_it_is_given(engine):
     assert float((posterior.sd("z") / math.sqrt(0.5) - 1).abs().max()) < 0.2
     assert inspect.isfunction(problem.model)
     assert float(infer(problem, Quadrature(num_nodes=4)).parameters["theta"]) == 0.0
+
+
+def test_a_quadrature_that_cannot_know_its_error_says_so():
+    """Two nodes agree with none; on half of a normal sixteen nodes do not agree with fourteen."""
+    problem = conjugate_gaussian.problem(num_data=3)
+    few, many = (infer(problem, Quadrature(num_nodes=n)).diagnostics for n in (2, 8))
+    assert few.level == "caution"
+    assert "2 nodes in each direction cannot tell" in few.verdict
+    assert many.level == "good"
+
+    def model(x: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("x", dist.Bernoulli(logits=50 * z), obs=x)
+
+    cut = infer(Problem(model, args=(tensor(1.0)[0],)), Quadrature()).diagnostics
+    assert cut.level == "caution"
+    assert "take more nodes" in cut.verdict

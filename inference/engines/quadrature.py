@@ -22,6 +22,9 @@ from ..laplace import GaussianFit, laplace
 from ..posterior import Evidence
 from ..settings import settings
 
+FEWEST = 4  # nodes in each direction that can be held against fewer
+UNSETTLED = 0.01  # nats
+
 
 @settings
 class Quadrature:
@@ -73,7 +76,20 @@ class Quadrature:
             log_evidence=Evidence(evidence.cpu(), error, "estimate"),
             state={"mode": fit.mean},
             deterministic=True,
-            alarms=fit.alarms,
+            alarms=(*fit.alarms, *self._doubts(error)),
+        )
+
+    def _doubts(self, error: Tensor) -> tuple[str, ...]:
+        """What speaks against the rule: that it is too small to be judged by another, or does not agree with it."""
+        if self.num_nodes < FEWEST:
+            each = f"{self.num_nodes} nodes in each direction"
+            return (f"{each} cannot tell how far off they are: take {FEWEST} or more",)
+        far = ~(error <= UNSETTLED)
+        if not bool(far.any()):
+            return ()
+        return (
+            f"the log evidence changes by up to {float(error.max()):.2g} nats from {self.num_nodes - 2} to "
+            f"{self.num_nodes} nodes, at {int(far.sum())} of {far.numel()} data: take more nodes",
         )
 
     @staticmethod
