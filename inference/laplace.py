@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import EngineError
+from .engine import EngineError, Run
 
 RISING = 1e-6  # nats that a climb may still be below its mode
 
@@ -133,6 +133,14 @@ def climb(
         if not bool((moving & (damping < 1e11)).any()):
             break
     return u, value, gradient, hessian, promise
+
+
+def earlier_mode(density: Density, run: Run) -> Tensor | None:
+    """The mode (*batch, D) that an earlier run on these data has left; None where there is none, or of other data."""
+    mode = run.warm.get("mode")
+    if mode is None or mode.shape != (*density.batch_shape, density.dim):
+        return None
+    return mode.to(dtype=density.dtype, device=density.device, copy=True)
 
 
 def moments(u: Tensor, weights: Tensor) -> GaussianFit:

@@ -17,7 +17,7 @@ import torch
 
 from ..density import Density
 from ..engine import Draws, Run, as_chain
-from ..laplace import laplace
+from ..laplace import earlier_mode, laplace
 from ..posterior import Evidence, evidence_from_weights
 from ..settings import settings
 
@@ -58,11 +58,8 @@ class Laplace:
         return replace(self, num_starts=starts, num_steps=steps, num_samples=max(2, int((calls - climb) / 2)))
 
     def run(self, density: Density, run: Run) -> Draws:
-        start = run.warm.get("mode")
-        if start is not None:
-            fits = start.shape == (*density.batch_shape, density.dim)  # else other data: find the modes afresh
-            start = start.to(dtype=density.dtype, device=density.device) if fits else None
         with run.tuning():
+            start = earlier_mode(density, run)
             fit = laplace(density, self.num_steps, start=start, num_starts=self.num_starts)
         assert fit.value is not None and fit.flat is not None and fit.unfinished is not None  # noqa: PT018
         noise = torch.randn((self.num_samples, *fit.mean.shape), dtype=fit.mean.dtype, device=fit.mean.device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..density import Density
 from ..em_steps import maximise
 from ..engine import Draws, EngineError, Run, as_chain
-from ..laplace import laplace, starting_points
+from ..laplace import earlier_mode, laplace, starting_points
 from ..learning import Learned, TrailWriter, descend
 from ..preflight import check_minibatch
 from ..settings import check_choice, check_optimizer, check_positive, settings
@@ -83,7 +83,7 @@ class MAP:
         return replace(self, num_steps=max(1, int((calls - 22) / share)))
 
     def run(self, density: Density, run: Run) -> Draws:
-        start = self._start(density, run)
+        start = earlier_mode(density, run)
         alarms: tuple[str, ...] = ()
         if self._newton(density):
             fit = laplace(density, NEWTON_STEPS, start=start, num_starts=self.num_starts, jacobian=self._jacobian)
@@ -118,13 +118,6 @@ class MAP:
 
     def _newton(self, density: Density) -> bool:
         return self._whole and density.dim <= NEWTON_TO
-
-    def _start(self, density: Density, run: Run) -> Tensor | None:
-        """The mode of an earlier run on these data."""
-        start = run.warm.get("mode")
-        if start is None or start.shape != (*density.batch_shape, density.dim):
-            return None
-        return start.to(dtype=density.dtype, device=density.device, copy=True)
 
     def _best(self, density: Density) -> Tensor:
         """The best of the starting points, (*batch, D)."""

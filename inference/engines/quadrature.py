@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, Run, as_chain
-from ..laplace import GaussianFit, laplace
+from ..laplace import GaussianFit, earlier_mode, laplace
 from ..posterior import Evidence
 from ..settings import settings
 
@@ -58,13 +58,8 @@ class Quadrature:
         return replace(self, num_nodes=max(min(self.num_nodes, 2), min(self.num_nodes, nodes)))
 
     def run(self, density: Density, run: Run) -> Draws:
-        start = run.warm.get("mode")
-        if start is not None and start.shape != (*density.batch_shape, density.dim):
-            start = None  # other data: find the modes afresh
         with run.tuning():
-            fit = laplace(
-                density, start=None if start is None else start.to(dtype=density.dtype, device=density.device)
-            )
+            fit = laplace(density, start=earlier_mode(density, run))
         u, log_weights = self._rule(density, fit, self.num_nodes)
         evidence = torch.logsumexp(log_weights, 0)
         coarse = torch.logsumexp(self._rule(density, fit, max(1, self.num_nodes - 2))[1], 0)
