@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .density import Density
 from .resampling import ancestors, takes
-from .tempering import _of_families, added
+from .tempering import of_families, added
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ class Cloud:
         total = torch.logsumexp(new, 0)
         self.log_evidence = self.log_evidence + total
         alive = self.log_evidence.isfinite()
-        held = _of_families(self.eve, self.log_weights)
+        held = of_families(self.eve, self.log_weights)
         self.log_weights = torch.where(alive, new - total, self.even)
-        self.apart = self.apart + (_of_families(self.eve, self.log_weights) - held).square().sum(0)
+        self.apart = self.apart + (of_families(self.eve, self.log_weights) - held).square().sum(0)
         self.filtered.append((self.log_weights, len(self.ancestors)))
         size = 1 / (2 * self.log_weights).exp().sum(0)
         self.least = torch.minimum(self.least, size)
@@ -90,20 +90,20 @@ class Cloud:
         index = ancestors(plan.scheme, torch.where(again, self.log_weights, self.even).reshape(S, -1), uniform)
         stay = torch.arange(S, device=index.device).reshape(-1, *[1] * again.dim())
         index = torch.where(again, index.reshape(S, *again.shape), stay)
-        held = _of_families(self.eve, self.log_weights)
+        held = of_families(self.eve, self.log_weights)
         self.eve, self.log_joint = self.eve.gather(0, index), self.log_joint.gather(0, index)
         self.log_weights = torch.where(again, self.even, self.log_weights)
-        self.chance = self.chance + (_of_families(self.eve, self.log_weights) - held).square().sum(0)
+        self.chance = self.chance + (of_families(self.eve, self.log_weights) - held).square().sum(0)
         self.ancestors.append(index)
 
     def variance(self) -> Tensor:
         """Relative variance of each filter's evidence, by the families of the first particles (as `smc` does)."""
-        families = _of_families(self.eve, self.log_weights)
+        families = of_families(self.eve, self.log_weights)
         around = (families - 1 / self.plan.count).square().sum(0)
         return torch.maximum(around - self.chance, self.apart)
 
     def families(self) -> Tensor:
-        return (_of_families(self.eve, self.log_weights) > 0).sum(0)
+        return (of_families(self.eve, self.log_weights) > 0).sum(0)
 
     def paths(self) -> dict[str, Tensor]:
         """The lines of the particles of the end, site -> (S, R, *batch, *own)."""

@@ -218,8 +218,8 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan
             step = torch.logsumexp(new, 0)
             log_z = log_z + torch.where(going, step, 0.0)
             broken = broken | ~log_z.isfinite()
-            held, log_w = _of_families(eve, log_w), torch.where(going & ~broken, new - step, log_w)
-            apart = apart + (_of_families(eve, log_w) - held).square().sum(0)
+            held, log_w = of_families(eve, log_w), torch.where(going & ~broken, new - step, log_w)
+            apart = apart + (of_families(eve, log_w) - held).square().sum(0)
             beta, going = target, going & ~broken
             arrived = torch.where(going, stage, arrived)
             # the weights of the end are kept: there, resampling would only add noise
@@ -233,9 +233,9 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan
                 index = ancestors(plan.scheme, torch.where(again, log_w, even), uniform)
                 index = torch.where(again, index, torch.arange(S, device=device)[:, None])
                 point = Point(*(_taken(t, index) for t in point))
-                held = _of_families(eve, log_w)
+                held = of_families(eve, log_w)
                 eve, log_w = eve.gather(0, index), torch.where(again, even, log_w)
-                chance = chance + torch.where(again, (_of_families(eve, log_w) - held).square().sum(0), 0.0)
+                chance = chance + torch.where(again, (of_families(eve, log_w) - held).square().sum(0), 0.0)
                 datum_counter = datum_counter + number * again
         # moves, for data that were carried on
         weights = log_w.exp()
@@ -271,13 +271,13 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan
         stage += 1
     log_z = torch.where(broken & log_z.isfinite(), math.nan, log_z)
     log_w = torch.where(broken, log_z.clamp_max(-math.inf), log_w)
-    families = _of_families(eve, log_w)
+    families = of_families(eve, log_w)
     # the difference is that of two chances where it is small, and what the steps add if moves forget all is the least
     variance = torch.maximum((families - 1 / S).square().sum(0) - chance, apart)
     return Carried(point, log_w, log_z, variance, stages, arrived, (families > 0).sum(0), hurried)
 
 
-def _of_families(eve: Tensor, log_weights: Tensor) -> Tensor:
+def of_families(eve: Tensor, log_weights: Tensor) -> Tensor:
     """The weight of all that descend from each of the first particles, (S, G)."""
     return torch.zeros_like(log_weights).scatter_add_(0, eve.contiguous(), log_weights.exp())
 
