@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .density import Density
 from .resampling import ancestors, takes
-from .tempering import of_families, added
+from .tempering import added, of_families
 
 
 @dataclass(frozen=True)

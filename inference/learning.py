@@ -108,6 +108,11 @@ def minibatches(
             yield order[start : start + batch_size]
 
 
+def share_of_data(density: Density, batch_size: int | None) -> float:
+    """The share of all data that a minibatch of this size is: what a gradient on it counts."""
+    return 1.0 if batch_size is None else min(1.0, batch_size / density.sliceable().size)
+
+
 def descend(
     density: Density,
     loss: Callable[[], Tensor],

@@ -22,7 +22,7 @@ from ..density import Density
 from ..em_steps import maximise
 from ..engine import Draws, EngineError, Run, as_chain
 from ..laplace import earlier_mode, laplace, starting_points
-from ..learning import Learned, TrailWriter, descend
+from ..learning import Learned, TrailWriter, descend, share_of_data
 from ..preflight import check_minibatch
 from ..settings import check_choice, check_optimizer, check_positive, settings
 
@@ -77,10 +77,7 @@ class MAP:
     def sized(self, calls: float, density: Density) -> MAP:
         if self._newton(density):
             return replace(self, num_starts=max(1, int(calls / (EXPECTED_STEPS * (1 + density.dim)))))
-        share = (
-            1.0 if self.batch_size is None or density.data_plate is None else self.batch_size / density.data_plate.size
-        )
-        return replace(self, num_steps=max(1, int((calls - 22) / share)))
+        return replace(self, num_steps=max(1, int((calls - 22) / share_of_data(density, self.batch_size))))
 
     def run(self, density: Density, run: Run) -> Draws:
         start = earlier_mode(density, run)

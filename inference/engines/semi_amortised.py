@@ -20,7 +20,7 @@ from ..density import Density
 from ..engine import Draws, EngineError, Run
 from ..guides import AutoGuide, PairedGuide
 from ..laplace import moments
-from ..learning import descend
+from ..learning import descend, share_of_data
 from ..objectives import loss
 from ..settings import check_optimizer, check_positive, settings
 from .svi import SVI, guide_draws
@@ -67,8 +67,7 @@ class SemiAmortised:
 
     def sized(self, calls: float, density: Density) -> SemiAmortised:
         """A third for the guide, a third for refining, a third for the draws, which cost five evaluations each."""
-        size = density.batch_shape.numel()
-        share = 1.0 if self.batch_size is None or not density.batch_plates else self.batch_size / size
+        share = share_of_data(density, self.batch_size)
         third = calls / 3 / self.num_particles
         draws = max(2, int(calls / 3 / 5))
         return replace(self, num_steps=max(1, int(third / share)), refine_steps=max(1, int(third)), num_samples=draws)

@@ -24,7 +24,7 @@ from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
 from ..flows import Flow, require_zuko
 from ..guides import AutoGuide, Guide, make_guide
-from ..learning import Learned, TrailWriter, descend
+from ..learning import Learned, TrailWriter, descend, share_of_data
 from ..objectives import LINEAR, PATHWISE, check_objective, loss
 from ..posterior import Evidence, evidence_from_weights
 from ..preflight import check_minibatch
@@ -141,9 +141,8 @@ class SVI:
     def sized(self, calls: float, density: Density) -> Self:
         """An eighth of the calls for draws of the guide, two each, and not more than the own number; the rest steps."""
         draws = min(self.num_samples, max(20, int(calls / 16)))
-        share = min(1.0, self.batch_size / density.sliceable().size) if self.batch_size else 1.0
         start = 400 if self._family(density) else 0
-        steps = (calls - 2 * draws - start) / (self.num_particles * share)
+        steps = (calls - 2 * draws - start) / (self.num_particles * share_of_data(density, self.batch_size))
         return replace(self, num_samples=draws, num_steps=max(20, int(steps)))
 
     def run(self, density: Density, run: Run) -> Draws:
