@@ -44,6 +44,12 @@ class StoreError(Exception):
     """The folder cannot be read or written; the message says which and why."""
 
 
+def whole(content: bytes) -> bool:
+    """Whether a record is as it was written: its first line is the digest of all that follows."""
+    found = OPENING.match(content)
+    return found is not None and hashlib.sha256(content[found.end() :]).hexdigest().encode() == found.group(1)
+
+
 class Store:
     """A folder of results. Raises `StoreError` where it cannot be made or written."""
 
@@ -191,8 +197,7 @@ class Store:
             raise ValueError(f"{name}/{file}: {error.strerror}") from error
 
     def _parsed(self, name: str, text: bytes) -> dict[str, Any]:
-        found = OPENING.match(text)
-        if found is None or hashlib.sha256(text[found.end() :]).hexdigest().encode() != found.group(1):
+        if not whole(text):
             raise ValueError(f"{self.folder / name / RECORD}: not a record, or cut or changed since it was written.")
         data = json.loads(text)
         if data["schema"] != SCHEMA:

@@ -17,7 +17,7 @@ from typing import Any
 from pyrometer.inference import Posterior
 
 from ..cell import Record, typed
-from ..store import DRAWS, OPENING, RECORD
+from ..store import DRAWS, RECORD, whole
 
 KEY = re.compile(r"[0-9a-f]{8,64}")
 UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError, OSError)  # what a damaged file can raise
@@ -34,8 +34,7 @@ def records(folder: Path, unreadable: dict[str, str] | None = None) -> Iterator[
             continue
         try:
             content = file.read_bytes()
-            opening = OPENING.match(content)
-            if opening is None or hashlib.sha256(content[opening.end() :]).hexdigest().encode() != opening[1]:
+            if not whole(content):
                 raise ValueError("not a record, or cut or changed since it was written")
             record = typed(Record, parse(content.decode()))
             if record.key != place.name:
