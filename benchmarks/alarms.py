@@ -80,13 +80,22 @@ def figures_of(posterior: Posterior) -> dict[str, float]:
     evidence = posterior.log_evidence
     if evidence is not None:
         found["evidence_error"] = _worst(evidence.std_error, Tensor.amax)
-        if evidence.kind == "lower bound" and evidence.refined is not None:
-            upper = evidence.refined.kind == "upper bound"
-            gap = _worst(evidence.refined.value - evidence.value, Tensor.amax)
-            found["bracket" if upper else "bound_gap"] = gap
-    if "bracket" in given:
-        found["bracket"] = _worst(given["bracket"], Tensor.amax)
+        if evidence.kind == "lower bound" and evidence.refined is not None and evidence.refined.kind != "upper bound":
+            found["bound_gap"] = _worst(evidence.refined.value - evidence.value, Tensor.amax)
+    width = bracket(posterior)
+    if width is not None:
+        found["bracket"] = _worst(width, Tensor.amax)
     return found
+
+
+def bracket(posterior: Posterior) -> Tensor | None:
+    """Upper less lower bound of the log evidence, (*batch) in nats; None where the answer does not have both."""
+    width, evidence = posterior.diagnostics.figures.get("bracket"), posterior.log_evidence
+    if width is not None:
+        return torch.as_tensor(width).double()
+    if evidence is None or evidence.kind != "lower bound" or evidence.refined is None:
+        return None
+    return evidence.refined.value - evidence.value if evidence.refined.kind == "upper bound" else None
 
 
 def _worst(figure: Any, of: Callable[[Tensor], Tensor]) -> float:

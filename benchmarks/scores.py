@@ -22,6 +22,7 @@ from pyrometer.inference.posterior import Cost, Evidence
 from pyrometer.inference.problem import ProblemError, Reference
 from pyrometer.inference.statistics import k_hat_threshold, psis
 
+from .alarms import bracket
 from .distances import DATA, fewer, summary
 from .methods import row_seed
 from .metrics import Score, metric
@@ -80,13 +81,9 @@ def evidence_z(posterior: Posterior, reference: Reference) -> Score | None:
 @metric("bracket width", shown=False)
 def bracket_width(posterior: Posterior, reference: Reference) -> Score | None:
     """Upper less lower bound of the log evidence, nats per datum; None where the answer does not have both."""
-    width = posterior.diagnostics.figures.get("bracket")
-    evidence = posterior.log_evidence
-    if width is None and evidence is not None and evidence.kind == "lower bound" and evidence.refined is not None:
-        width = evidence.refined.value - evidence.value if evidence.refined.kind == "upper bound" else None
+    width = bracket(posterior)
     if width is None:
         return None
-    width = torch.as_tensor(width).double()
     return summary(width.flatten().tolist(), _places(tuple(width.shape)))
 
 
