@@ -178,7 +178,7 @@ def standard() -> Grid:
 
 
 def smoke() -> Grid:
-    """A minute: every family with a reference, every engine, once, with few calls."""
+    """Some minutes: every family with a reference, every engine, once, with few calls."""
     return grid(_with_reference(), budgets=LADDER[:1], seeds=1, name="smoke")
 
 
