@@ -215,3 +215,15 @@ def test_em_by_its_modes_is_hard_em():
     problem = conjugate_gaussian.problem(num_data=20)
     fit = learn(problem, EM(e_step=MAP(), num_steps=60))
     assert float(fit.parameters["theta"]) == pytest.approx(float(problem.args[0].mean()), abs=1e-8)
+
+
+def test_minibatches_of_data_with_latents_of_their_own_stand_for_all_data():
+    """Adam does not see a factor, the objective that is told does: over an epoch without movement it is the log joint
+    of all data, on average, to rounding."""
+    problem = ppca.problem(num_data=20)
+    fit = learn(problem, MAP(batch_size=5, num_steps=4, learning_rate=1e-12), seed=1)
+    assert fit.status.done, fit.status
+    values = {"z": fit.posterior.draws["z"][0]}
+    with Density(problem, parameters=fit.parameters) as density, torch.no_grad():
+        whole = float(density.log_joint(values).sum())
+    assert float(fit.trail.value.mean()) == pytest.approx(whole, rel=1e-6)
