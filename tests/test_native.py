@@ -432,6 +432,13 @@ def test_shapes_are_broadcast():
 M, V, W = real(6, 7), real(7), whole(6, 7)
 PICKS = [torch.tensor(i) for i in ([3, 0, 3, -1], [0, 2, 4], [5, 4, 3, 2], [[0, 1], [2, 3]])]
 places = whole(4, low=-6, high=6)
+# constants that hold many values for each of 7 places: in order, in none, negative ones, and places without any
+MANY = [
+    torch.arange(40) * 7 // 40,
+    torch.tensor([(i * i) % 7 for i in range(40)]),
+    torch.tensor([(i * 5) % 7 - 7 for i in range(40)]),
+    torch.tensor([3, 5] * 20),
+]
 
 CASES: dict[str, list[tuple[Any, ...]]] = {
     # arithmetic
@@ -614,6 +621,10 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (lambda x, i, y: x.index_put((i,), y, accumulate=True), V, whole(30, low=-7, high=7), real(30)),
         (lambda x, y: x.index_put((torch.tensor([0, 0, 0]),), y, accumulate=True), V, real(3)),
         (lambda x, i, y: aten.index_put(x, [None, i], y, True), M, places, real(6, 4)),
+        (lambda x, y: [x.index_put((i,), y.exp(), accumulate=True) for i in MANY], V, real(40)),
+        (lambda x, y: [aten.index_put(x, [None, i], y * x[:, :1], True) for i in MANY], M, real(6, 40)),
+        (lambda x, y: [x.index_put((i,), y[0], accumulate=True) for i in MANY], V, real(40)),
+        (lambda x: [x.index_put((i,), torch.ones(40, dtype=x.dtype), accumulate=True) for i in MANY], V),
         (lambda x, i: torch.zeros_like(x).index_put((i, i), x[0, 0], accumulate=True), real(6, 6), places),
     ],
     "_unsafe_index_put": [
@@ -637,6 +648,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (lambda x, i, y: x.scatter_add(0, i, y), M, whole(9, 5, low=0), real(10, 8)),
         (lambda x, i, y: x.scatter_add(1, i, y.exp()), M, whole(4, 9, low=0), real(4, 9)),
         (lambda x, y: torch.zeros_like(x).scatter_add(0, torch.zeros(9, dtype=I64), y), V, real(9)),
+        (lambda x, y: [x.scatter_add(0, i % 7, y.exp()) for i in MANY], V, real(50)),
     ],
     "index_select": [
         (lambda x, i: (x.index_select(0, i), x.index_select(1, i)), M, whole(9, low=0)),
@@ -645,6 +657,7 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
     "index_add": [
         (lambda x, i, y: x.index_add(0, i, y), M, whole(9, low=0), real(9, 7)),
         (lambda x, y: x.index_add(1, PICKS[1], y.exp()), M, real(6, 3)),
+        (lambda x, y: [x.index_add(1, i % 7, y) for i in MANY], M, real(6, 40)),
     ],
     "embedding": [(lambda i, x: functional.embedding(i, x), whole(3, 4, low=0), M)],
     # matrices
@@ -846,6 +859,19 @@ def test_an_index_out_of_range_raises_what_the_program_raises():
     runs.clear()
     assert torch.equal(made(x, torch.tensor([-5, 4]))[0], x[[0, 4]])
     assert runs == []
+
+
+def test_an_index_is_a_copy_that_nobody_else_writes():
+    """A constant index is seen to be within once, so what its owner writes there later must not reach the code."""
+    index = torch.tensor([0, 4, 1, 2] * 8)
+    expected = index.clone()
+    function = lambda x, y: (x[index], torch.zeros_like(x).index_add(0, index, y))  # noqa: E731
+    made = native(function, (real(5)(), real(32)()))
+    index.fill_(2**40)
+    x, y = real(5)(), real(32)()
+    taken, summed = made(x, y)
+    assert torch.equal(taken, x[expected])
+    assert torch.allclose(summed, torch.zeros_like(x).index_add(0, expected, y), rtol=1e-12)
 
 
 @pytest.mark.parametrize("rows", [2, 4, 5, 6, 7, 8, 9, 12, 15, 16, 17, 33])

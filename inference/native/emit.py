@@ -264,8 +264,9 @@ class _Writer:
         for index, size, stride in access.indirect:
             name = self._name()
             inner.append(f"int64_t {name} = {self._expr(index, computed, inner)};")
-            inner.append(f"if ({name} < 0) {name} += {size};")
-            inner.append(f"if ((uint64_t){name} >= {size}) return 6;")
+            if size:
+                inner.append(f"if ({name} < 0) {name} += {size};")
+                inner.append(f"if ((uint64_t){name} >= {size}) return 6;")
             terms.append(f"{name} * {stride}")
         return f"{self._pointer(access.buffer)}[{' + '.join(terms)}]"
 

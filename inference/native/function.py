@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..trace import Traced
-from . import matrices, operations  # noqa: F401  (they register their operations)
+from . import arithmetic, indexing, matrices, reductions  # noqa: F401  (they register their operations)
 from .emit import source
 from .lower import COPIES, FILLS, OPERATIONS, VIEWS, Lowering
 from .pointwise import COMPARE, FLOAT, SAME

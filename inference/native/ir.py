@@ -66,7 +66,7 @@ class Access:
     buffer: Buffer
     offset: int
     strides: tuple[int, ...]
-    indirect: tuple[tuple[Expr, int, int], ...] = ()  # (index, size, stride)
+    indirect: tuple[tuple[Expr, int, int], ...] = ()  # (index, size, stride); size 0: known to be within
 
     @property
     def dtype(self) -> torch.dtype:

@@ -90,6 +90,7 @@ class Lowering:
         self.values: dict[Node, Any] = {}
         self.known: dict[Buffer, Tensor] = {}  # constant indices and masks by buffer, flat
         self._seen: dict[Any, Window] = {}
+        self._within: dict[tuple[Window, int], Window] = {}
         self._shared: dict[int, tuple[Tensor, Value]] = {}
         self._count = 0
 
@@ -242,6 +243,17 @@ class Lowering:
             return torch.full(value.shape, value.value, dtype=value.dtype)
         known = self.known.get(value.buffer)
         return None if known is None else known.as_strided(value.shape, value.strides, value.offset)
+
+    def within(self, index: Value, size: int) -> tuple[Value, int]:
+        """An index to read, and the size that it is held against whenever it is used; 0: what is read is a constant
+        within it, in memory that nobody else writes."""
+        known = self.constant_of(index)
+        if known is None or not isinstance(index, Window):
+            return index, size
+        key = index, size
+        if key not in self._within:
+            self._within[key] = self._fixed((known % max(size, 1)).contiguous())
+        return self._within[key], 0
 
     def copy(self, value: Value) -> Window:
         """Contiguous memory of its own."""

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arithmetic import sum_of
 from .ir import Access, Apply, Call, Window
 from .lower import SMALL_PRODUCT, Lowering, Uniform, UnsupportedError, Value, lowers
-from .operations import _sum_of, heads
+from .reductions import heads
 
 
 def _letter(dtype: torch.dtype) -> str:
@@ -100,7 +101,7 @@ def _dot(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
 def _addmm(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     if a["beta"] != 1 or a["alpha"] != 1:
         raise UnsupportedError("addmm with factors")
-    return _sum_of(lower, a["self"], product(lower, a["mat1"], a["mat2"], tuple(out.shape)), out, "+", 1)
+    return sum_of(lower, a["self"], product(lower, a["mat1"], a["mat2"], tuple(out.shape)), out, "+", 1)
 
 
 def _reshaped(value: Value, shape: Sequence[int]) -> Value:
