@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from pyrometer.inference import ProblemError
@@ -25,15 +26,21 @@ def serves() -> dict[str, dict[str, str]]:
 
 
 def as_markdown(found: Mapping[str, Mapping[str, str]]) -> str:
-    """A row for each engine: the families that it runs on, and those that it refuses, by reason."""
-    lines = ["| engine | runs on | refuses, because |", "|---|---|---|"]
+    """A row for each engine: the families that it runs on, and those that it refuses with the number of the reason,
+    the reasons below."""
+    reasons: dict[str, int] = {}
+    lines = ["| engine | runs on | refuses (why) |", "|---|---|---|"]
     for name, answers in found.items():
-        refused: dict[str, list[str]] = {}
+        runs = [f"`{family}`" for family, reason in answers.items() if not reason]
+        refused: dict[int, list[str]] = {}
         for family, reason in answers.items():
             if reason:
-                refused.setdefault(reason, []).append(f"`{family}`")
-        runs = [f"`{family}`" for family, reason in answers.items() if not reason]
-        who = "all" if not refused else ", ".join(runs) or "none"
-        why = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in refused.items()).replace("|", "\\|")
+                number = reasons.setdefault(re.sub(r"site '[^']*'", "a site", reason), len(reasons) + 1)
+                refused.setdefault(number, []).append(f"`{family}`")
+        others = "all others" if refused else "all"
+        who = others if 2 * len(runs) > len(answers) else ", ".join(runs) or "none"
+        why = "; ".join(f"{', '.join(names)} ({number})" for number, names in refused.items())
         lines.append(f"| `{name}` | {who} | {why} |")
-    return "\n".join(lines)
+    return "\n".join(
+        [*lines, "", *(f"{number}. {reason[:1].upper()}{reason[1:]}." for reason, number in reasons.items())]
+    )

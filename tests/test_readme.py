@@ -108,8 +108,22 @@ def test_the_table_of_engines_and_models_is_what_the_engines_answer():
 
 
 def test_an_engine_that_refuses_says_why_for_each_family():
-    found = {"one": {"a": "", "b": "too | wide", "c": "too | wide"}, "two": {"a": "", "b": "", "c": ""}}
-    assert as_markdown(found).splitlines()[2:] == ["| `one` | `a` | `b`, `c`: too \\| wide |", "| `two` | all |  |"]
+    """Each reason once, whichever site it names; the families told are the fewer of the two kinds."""
+    found = {
+        "one": {"a": "", "b": "site 'p' is wide", "c": "site 'q' is wide"},
+        "two": {"a": "", "b": "", "c": "odd"},
+        "three": {"a": "", "b": "", "c": ""},
+        "four": {"a": "odd", "b": "odd", "c": "site 'r' is wide"},
+    }
+    assert as_markdown(found).splitlines()[2:] == [
+        "| `one` | `a` | `b`, `c` (1) |",
+        "| `two` | all others | `c` (2) |",
+        "| `three` | all |  |",
+        "| `four` | none | `a`, `b` (2); `c` (1) |",
+        "",
+        "1. A site is wide.",
+        "2. Odd.",
+    ]
 
 
 @pytest.fixture(autouse=True)
