@@ -22,7 +22,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,11 +37,12 @@ from pyrometer.inference.registry import as_engine
 from pyrometer.inference.statistics import ess
 from pyrometer.inference.twin import observing, simulated
 
-from .facts import as_text, machine, plain, versions, write_json
+from .facts import machine, versions
 from .methods import label, row_seed, settings
+from .tabled import Tabled
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.console import RenderableType
 
 Progress = Callable[[str, int, int], None]
 
@@ -86,7 +86,7 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(Tabled):
     """How it ended: 'passed', 'rejected' or 'undecided' (replicates failed), the last round's quantities, in words."""
 
     problem: str
@@ -106,17 +106,10 @@ class Calibration:
     def passed(self) -> bool:
         return self.state == "passed"
 
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return write_json(plain(self), path)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def table(self, width: int = 120, ascii_only: bool = False) -> RenderableType:
         from .calibrate_report import render
 
-        yield render(self)
-
-    def __str__(self) -> str:
-        return as_text(self)
+        return render(self)
 
 
 def calibrate(

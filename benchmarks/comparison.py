@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pyrometer.inference import Posterior, Problem, ProblemError, infer
@@ -18,12 +17,13 @@ from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
 
-from .facts import as_text, describe, machine, plain, versions, write_json
+from .facts import describe, machine, versions
 from .methods import engines_from, learners_from, row_seed, settings, trained
 from .metrics import HeldOut, Score, held_out_log_likelihood, measure
+from .tabled import Tabled
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import RenderableType
 
 Progress = bool | Callable[[str, int, int], None]
 
@@ -93,7 +93,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tabled):
     """The table that people came for, as a record: thetas, rows, and all that is needed to get them again.
 
     `problem` holds its name and shapes; `command` is the command line that made it, where there was one; `complete`
@@ -110,24 +110,9 @@ class Comparison:
     machine: Mapping[str, Any] = field(default_factory=machine)
 
     def table(self, width: int = 120, ascii_only: bool = False) -> RenderableType:
-        """The comparison as a rich renderable, at most `width` columns wide; made for 120."""
         from .report import render
 
         return render(self, width, ascii_only)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table(options.max_width, options.ascii_only)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
-        return plain(self)
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return write_json(self.to_dict(), path)
 
 
 def compare(

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.text import Text
@@ -16,16 +16,13 @@ from pyrometer.inference.learn import Fit
 
 from .comparison import Progress
 from .doubt import as_images, guide_weights, picture, worst_data
-from .facts import write_json
 from .gaps import Gaps, gaps
 from .gaussian import FAMILIES
 from .methods import row_seed
 from .metrics import BY_PROBLEM
 from .settings import configure
 from .square import Square, gather, steps
-
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderResult
+from .tabled import Tabled
 
 
 @dataclass(frozen=True)
@@ -54,7 +51,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Crossing:
+class Crossing(Tabled):
     """The square, the gaps where they were asked for, what was drawn, and what ended the run early."""
 
     square: Square
@@ -65,14 +62,11 @@ class Crossing:
     def to_dict(self) -> dict[str, Any]:
         return {**self.square.to_dict(), "gaps": None if self.gaps is None else self.gaps.to_dict()}
 
-    def to_json(self, path: str | Path) -> Path:
-        return write_json(self.to_dict(), path)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        parts: list[RenderableType] = [self.square]
-        parts += [self.gaps] if self.gaps is not None else []
+    def table(self, width: int = 120, ascii_only: bool = False) -> RenderableType:
+        parts: list[RenderableType] = [self.square.table(width, ascii_only)]
+        parts += [self.gaps.table(width, ascii_only)] if self.gaps is not None else []
         parts += [Text(self.said)] if self.said else []
-        yield Group(*parts)
+        return Group(*parts)
 
 
 def run(

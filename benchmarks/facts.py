@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import json
 import math
 import os
 import platform
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,29 +62,3 @@ def plain(value: Any) -> Any:
         return [plain(item) for item in value]
     # Never repr: it may hold an address, and labels (so seeds) must be the same in every process.
     return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def as_text(printable: Any) -> str:
-    """What rich prints of it, 120 columns wide, without colours."""
-    from rich.console import Console
-
-    console = Console(width=120, color_system=None)
-    with console.capture() as text:
-        console.print(printable)
-    return text.get()
-
-
-def write_json(record: Any, path: str | Path) -> Path:
-    """Write plain data to one JSON file, whole or not at all; returns the path. Raises OSError."""
-    path = Path(path)
-    text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path

@@ -19,7 +19,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,13 +31,14 @@ from pyrometer.inference.guides import PairedGuide
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.posterior import Status
 
-from .facts import as_text, describe, machine, plain, versions, write_json
+from .facts import describe, machine, versions
 from .gaussian import FAMILIES, best_members, log_weights, member_of, start_from_draws
 from .methods import row_seed
 from .metrics import Judged, data_error, log_likelihood
+from .tabled import Tabled
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import RenderableType
 
 NAMES = ("learning", "approximation", "amortisation", "inference", "total")
 SIGNIFICANT = 4.0  # standard errors by which a figure must be out before it is called so
@@ -87,7 +87,7 @@ class Losses:
 
 
 @dataclass(frozen=True)
-class Gaps:
+class Gaps(Tabled):
     """The gaps of several fits on the same data. Print it for the table; `to_json` keeps everything."""
 
     rows: tuple[Losses, ...]
@@ -107,20 +107,6 @@ class Gaps:
         from .report_square import render_gaps
 
         return render_gaps(self, width, ascii_only)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table(options.max_width, options.ascii_only)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
-        return plain(self)
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return write_json(self.to_dict(), path)
 
 
 def gaps(

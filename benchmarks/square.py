@@ -26,12 +26,13 @@ from pyrometer.inference.posterior import Cost, Evidence, Status
 
 from .comparison import PerDatum, Progress
 from .doubt import Doubtful, k_hat_known, worst_data
-from .facts import as_text, describe, machine, plain, versions, write_json
+from .facts import describe, machine, versions
 from .methods import engines_from, learners_from, row_seed, settings, trained
 from .metrics import BY_PROBLEM, data_error, log_likelihood
+from .tabled import Tabled
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.console import RenderableType
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Square:
+class Square(Tabled):
     """Learners, and cells in the order learner by learner. Print it for the table; `to_json` keeps everything."""
 
     learners: tuple[Trained, ...]
@@ -125,20 +126,6 @@ class Square:
         from .report_square import render
 
         return render(self, width, ascii_only)
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.table(options.max_width, options.ascii_only)
-
-    def __str__(self) -> str:
-        return as_text(self)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain dicts, lists, strings and numbers; an infinite or undefined number is 'inf', '-inf' or 'nan'."""
-        return plain(self)
-
-    def to_json(self, path: str | Path) -> Path:
-        """Write everything to one JSON file, whole or not at all; returns the path. Raises OSError."""
-        return write_json(self.to_dict(), path)
 
     @classmethod
     def from_json(cls, path: str | Path) -> Square:

@@ -11,8 +11,8 @@ from pyrometer.benchmarks import alarms
 from pyrometer.benchmarks.alarms import ALARMS, AlarmScore, figures_of, render, score, wilson, wrong
 from pyrometer.benchmarks.cell import Cell, Record
 from pyrometer.benchmarks.comparison import Row, Theta
-from pyrometer.benchmarks.facts import as_text
 from pyrometer.benchmarks.metrics import Score
+from pyrometer.benchmarks.tabled import as_text
 from pyrometer.inference import NUTS, SMC, SVI, AnnealedImportance, Enumeration, ImportanceSampling, Posterior, infer
 from pyrometer.inference.engines.svi import still_rising
 from pyrometer.inference.posterior import Evidence, Status

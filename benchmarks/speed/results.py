@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -81,6 +80,7 @@ class Benchmark:
 
     def to_json(self, path: Path) -> None:
         from ..facts import machine, plain, versions
+        from ..tabled import write_json
 
         record = {
             "command": self.command,
@@ -94,7 +94,7 @@ class Benchmark:
             ],
             "measurements": [asdict(m) for m in self.measurements],
         }
-        path.write_text(json.dumps(plain(record), indent=1) + "\n")
+        write_json(plain(record), path)
 
 
 def rows_of(case: ModuleType, measurements: Sequence[Measurement]) -> list[Row]:
