@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyrometer.inference import Posterior
+from pyrometer.inference import Posterior, accuracy
 from pyrometer.inference import diagnostics as limits
 
 if TYPE_CHECKING:
@@ -55,14 +55,18 @@ def figures_of(posterior: Posterior) -> dict[str, float]:
     bracket          upper less lower bound of the log evidence, nats; the largest
     elbo_drift       what the bound still rose in the last quarter of the steps, beyond noise, nats a datum
     evidence_error   standard error of the log evidence, nats; the largest
+    likely_error     what the largest error of a mean or sd probably is, by the run's own account, in sds
+    alarms           how many the engine raised itself, in words: a tolerance not reached, a rule not settled ...
+    num_draws        of an answer without chains or weights: one, of a point
     """
     if not posterior.status.done:
         return {}
     given = posterior.diagnostics.figures
     found: dict[str, float] = {}
-    for name in ("r_hat", "k_hat", "k_hat_threshold", "e_bfmi"):
+    for name in ("r_hat", "k_hat", "k_hat_threshold", "e_bfmi", "likely_error", "num_draws"):
         if name in given:
             found[name] = float(given[name])
+    found["alarms"] = float(given.get("alarms", 0))
     halves = [float(given[name]) for name in ("ess_bulk", "ess_tail") if name in given]
     if halves:
         found["ess"] = (math.nan if any(map(math.isnan, halves)) else min(halves)) / max(posterior.num_chains, 1)
@@ -118,6 +122,7 @@ class Alarm:
 
 ALARMS = (
     Alarm("R-hat", f"> {limits.R_HAT_CAUTION}", "r_hat", lambda v, _: v <= limits.R_HAT_CAUTION),
+    Alarm("R-hat, bad", f"> {limits.R_HAT_BAD}", "r_hat", lambda v, _: v <= limits.R_HAT_BAD),
     Alarm("ESS of a chain", f"< {limits.ESS_CAUTION}", "ess", lambda v, _: v >= limits.ESS_CAUTION),
     Alarm("divergences", "> 0", "divergences", lambda v, _: v == 0),
     Alarm("E-BFMI", f"< {limits.E_BFMI_CAUTION}", "e_bfmi", lambda v, _: v >= limits.E_BFMI_CAUTION),
@@ -127,8 +132,11 @@ ALARMS = (
     Alarm("ELBO convergence", f"> {STILL_RISING} nats a datum", "elbo_drift", lambda v, _: v <= STILL_RISING),
     Alarm("gap of the bound", f"> {LOOSE_BOUND} nats", "bound_gap", lambda v, _: v <= LOOSE_BOUND),
     Alarm("bracket width", f"> {WIDE_BRACKET} nats", "bracket", lambda v, _: v <= WIDE_BRACKET),
+    Alarm("likely error", f"> {accuracy.CAUTION} sd", "likely_error", lambda v, _: v <= accuracy.CAUTION),
+    Alarm("no spread", "one point", "num_draws", lambda v, _: v > 1),
+    Alarm("the engine's own", "> 0", "alarms", lambda v, _: v == 0),
 )
-ANY, VERDICT = "any of these", "the verdict"
+ANY, VERDICT, BAD_VERDICT = "any of these", "the verdict", "the verdict, bad"
 
 
 @dataclass(frozen=True)
@@ -177,7 +185,8 @@ def wrong(record: Record, limit: float = WRONG, by: str = "largest") -> bool | N
 
 
 def score(records: Iterable[Record], limit: float = WRONG, by: str = "largest") -> tuple[AlarmScore, ...]:
-    """Every alarm's score over the cells whose truth is known; last 'any of these' and the verdict, 'caution' or 'bad'.
+    """Every alarm's score over the cells whose truth is known; last 'any of these', and the verdict, first 'caution' or
+    'bad', then 'bad' alone.
 
     The share of the wrong cells that carry any alarm is the `caught` of 'any of these'. Cells that failed are left
     out: a failure is no answer, and no silence either.
@@ -186,8 +195,11 @@ def score(records: Iterable[Record], limit: float = WRONG, by: str = "largest") 
     found = [_tally(alarm.name, alarm.limit, ((alarm.on(r.figures), bad) for r, bad in judged)) for alarm in ALARMS]
     lit = [[on for alarm in ALARMS if (on := alarm.on(r.figures)) is not None] for r, _ in judged]
     any_of = ((any(lights) if lights else None, bad) for lights, (_, bad) in zip(lit, judged, strict=True))
-    said = ((r.row.level in ("caution", "bad") if r.row.level != "unknown" else None, bad) for r, bad in judged)
-    return (*found, _tally(ANY, "", any_of), _tally(VERDICT, "caution or bad", said))
+    verdicts = [
+        _tally(name, limit, ((r.row.level in levels if r.row.level != "unknown" else None, bad) for r, bad in judged))
+        for name, limit, levels in ((VERDICT, "caution or bad", ("caution", "bad")), (BAD_VERDICT, "bad", ("bad",)))
+    ]
+    return (*found, _tally(ANY, "", any_of), *verdicts)
 
 
 def _tally(name: str, limit: str, seen: Iterable[tuple[bool | None, bool]]) -> AlarmScore:

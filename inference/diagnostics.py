@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .accuracy import Weighted, judged_by, of_chains, of_draws
 from .statistics import ess, k_hat_threshold, psis, rhat
+from .words import Finding, Judgement, datum, element, level_by, unravel
 
 LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
 
@@ -27,6 +29,9 @@ BY_CHANCE = 0.01  # and so are a few large R-hats
 
 NEW_PROPOSAL = "draw more, or from a proposal closer to the posterior"
 NEW_GUIDE = "the guide misses part of the posterior, take a richer one, or correct it by importance sampling"
+WEIGHTED = "weighting the guide's draws"
+ADJUSTED = "adjusting the draws to the observed data"
+SMALLER_TOLERANCE = "the tolerance is too large, take more simulations, or regression=True"
 
 
 @dataclass(frozen=True)
@@ -74,11 +79,7 @@ class OverData:
         badness = torch.nan_to_num(flat if largest else -flat, nan=math.inf)
         order = badness.argsort(descending=True, stable=True)[:worst]
         low, middle, high = flat.nanquantile(torch.tensor([0.05, 0.5, 0.95], dtype=flat.dtype)).tolist()
-        return cls((low, middle, high), tuple((tuple(_unravel(int(i), figure.shape)), float(flat[i])) for i in order))
-
-
-Finding = tuple[str, str]  # level, and what was found in words
-Judgement = tuple[dict[str, Any], list[Finding]]
+        return cls((low, middle, high), tuple((tuple(unravel(int(i), figure.shape)), float(flat[i])) for i in order))
 
 
 def diagnose(
@@ -93,6 +94,7 @@ def diagnose(
     alarms: tuple[str, ...] = (),
     exact: bool = False,
     unknown: str = "",
+    adjusted: Weighted | None = None,
 ) -> Diagnostics:
     """Judge draws by what can be known for their kind.
 
@@ -104,29 +106,34 @@ def diagnose(
               of smoothed weights is too small; with `deterministic` (every state listed, a quadrature rule) none:
               the weights are then exact, not drawn
     iid       num_draws and, with `guide_log_ratio` = log p(x, z) - log q(z), the figures of 'weighted'
-    point     none: a point says nothing on how good it is
-    With `exact` independent draws are the posterior's own, and num_draws (smallest over the batch) is all there is to
+    point     num_draws, 1, a caution: a point has no spread, and says nothing on how good it is
+    With `exact` independent draws are the posterior's own, and num_draws (smallest over the batch) is what there is to
     judge: those of weight zero are none.
+    All but a point and a rule have likely_error too, what the largest error of a mean or sd probably is, in sds (see
+    `accuracy`); guides, and draws with others at hand that were `adjusted` to the data, moment_shift, the largest that
+    means or sds move by weighting or adjusting them.
 
     draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
-    alarms: what the engine itself saw that speaks against its answer; each is a caution. unknown: what no figure tells.
+    alarms: what the engine itself saw that speaks against its answer; each is a caution, and their number a figure.
+    unknown: what no figure tells.
     sample_stats: (C, S, ...) by arviz's names, of which `diverging` and `energy` are used. A figure that is not to
     be had is left out, or nan where the draws should have given it. Draws that are not finite or never move are bad.
 
     Raises ValueError for another kind, and for 'weighted' without weights.
     Thresholds: R-hat < 1.01, ESS > 100 per chain (Vehtari et al. 2021, https://doi.org/10.1214/20-BA1221);
     E-BFMI > 0.3 (Betancourt 2016, https://arxiv.org/abs/1604.00695, as in CmdStan);
-    k-hat < min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646).
+    k-hat < min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646); likely error < 0.2 sd.
     """
     figures: dict[str, Any] = {}
+    dims = len(batch_shape)
     if not draws or any(0 in values.shape[:2] for values in draws.values()):
         findings = [("bad", "there are no draws")]
     elif findings := _not_finite(draws):
         pass  # figures of broken draws would only repeat the news
     elif exact:
-        figures, findings = _exact(draws, log_weights)
+        figures, findings = _both(_exact(draws, log_weights), judged_by(of_draws((draws, log_weights), None, dims)))
     elif kind == "mcmc":
-        figures, findings = _mcmc(draws, sample_stats or {}, len(batch_shape))
+        figures, findings = _mcmc(draws, sample_stats or {}, dims)
     elif kind == "weighted":
         if log_weights is None:
             raise ValueError("kind 'weighted' needs log_weights, (C, S, *batch).")
@@ -135,13 +142,16 @@ def diagnose(
         if not findings and deterministic:
             findings = [("good", "the weights are computed, not drawn: no sampling error")]
         elif not findings:
-            figures, findings = _weighted(weights if guide_log_ratio is None else guide_log_ratio, NEW_PROPOSAL)
+            figures, findings, _ = _weighted(weights if guide_log_ratio is None else guide_log_ratio, NEW_PROPOSAL)
+            figures, findings = _both((figures, findings), _held_against((draws, log_weights), adjusted, dims))
     elif kind == "iid":
-        figures, findings = _iid(draws, guide_log_ratio)
+        figures, findings = _iid(draws, guide_log_ratio, adjusted, dims)
     elif kind == "point":
-        findings = [("unknown", "one point: it has no spread, and nothing here tells how good it is")]
+        figures = {"num_draws": 1}
+        findings = [("caution", "one point: it has no spread, and nothing here tells how good it is")]
     else:
         raise ValueError(f"kind {kind!r}: expected 'mcmc', 'iid', 'weighted' or 'point'.")
+    figures |= {"alarms": len(alarms)} if alarms else {}
     findings = [*findings, *(("caution", alarm) for alarm in alarms)] or [("unknown", "nothing here can be judged")]
     findings += [("unknown", unknown)] if unknown else []
     level = max((level for level, _ in findings), key=LEVELS.index)
@@ -162,7 +172,7 @@ def _not_finite(draws: Mapping[str, Tensor]) -> list[Finding]:
                 (
                     "bad",
                     f"{int(broken.sum())} of {broken.numel()} values of {site} are not finite, the first at "
-                    f"{_element(site, index)} in chain {chain}, draw {draw}: the density or a transform overflows",
+                    f"{element(site, index)} in chain {chain}, draw {draw}: the density or a transform overflows",
                 )
             )
     return findings
@@ -187,7 +197,7 @@ def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch
             findings += found
         if any(level == "bad" for level, _ in findings):  # what is stuck cannot be compared, and must not look well
             judged = {}
-            figures |= {"r_hat": math.nan, "ess_bulk": math.nan, "ess_tail": math.nan}
+            figures |= dict.fromkeys(("r_hat", "ess_bulk", "ess_tail", "likely_error"), math.nan)
         if chains == 1:
             findings.append(("caution", "one chain only, so R-hat is not available: run four (num_chains=4)"))
         elif worst := _worst(rhat, draws, judged, batch_dims, largest=True):
@@ -210,10 +220,11 @@ def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch
                 findings.append((level, text + wish * (level != "good")))
                 if of_data is not None:
                     figures[f"ess_{kind}_per_datum"] = of_data
+        figures, findings = _both((figures, findings), judged_by(of_chains(draws, judged, batch_dims)))
     if "diverging" in sample_stats:
         diverging = sample_stats["diverging"]
         figures["divergences"] = count = int(diverging.sum())
-        level = _level(count == 0, count > DIVERGENT_BAD * diverging.numel())
+        level = level_by(count == 0, count > DIVERGENT_BAD * diverging.numel())
         if batch_dims and diverging.dim() == 2 + batch_dims and diverging[0, 0].numel() > 1:
             figures["divergences_per_datum"] = by_datum = diverging.sum((0, 1))
             many = DIVERGENT_BAD * diverging.shape[:2].numel()
@@ -225,7 +236,7 @@ def _mcmc(draws: Mapping[str, Tensor], sample_stats: Mapping[str, Tensor], batch
     if "energy" in sample_stats and samples >= 4:
         energy = sample_stats["energy"].double()
         figures["e_bfmi"] = value = float((energy.diff(dim=1).square().mean(1) / energy.var(1)).min())
-        level = _level(value >= E_BFMI_CAUTION, False)
+        level = level_by(value >= E_BFMI_CAUTION, False)
         wish = f" (should be > {E_BFMI_CAUTION}): the energy hardly moves, reparameterise the model"
         findings.append((level, f"E-BFMI down to {value:.2f}" + wish * (level != "good")))
     return figures, findings
@@ -260,8 +271,8 @@ def _movement(site: str, values: Tensor, batch_dims: int, others: bool) -> tuple
             at = int(which.flatten().nonzero()[0])
             chain = int(still.reshape(len(still), -1)[:, at].nonzero()[0])
             more = f" (nor do {int(which.sum()) - 1} more scalars)" if which.sum() > 1 else ""
-            element = _element(site, _unravel(at, which.shape))
-            findings.append((level, f"{element} never moves in chain {chain}{more}: {meaning}"))
+            where = element(site, unravel(at, which.shape))
+            findings.append((level, f"{where} never moves in chain {chain}{more}: {meaning}"))
     return judged, findings
 
 
@@ -281,7 +292,7 @@ def _worst(
             at = int(badness.argmax())
             if not where or float(badness.flatten()[at]) > worst:
                 worst, worst_value = float(badness.flatten()[at]), float(found.flatten()[at])
-                where = _element(site, _unravel(at, found.shape))
+                where = element(site, unravel(at, found.shape))
             own = badness.flatten(batch_dims).amax(-1) if badness.dim() > batch_dims else badness
             of_data = own if of_data is None else torch.maximum(of_data, own)
     if of_data is not None:
@@ -300,7 +311,7 @@ def _share(of_data: Tensor | None, worst: float, beyond: Callable[[Any, float], 
 def _level_of(cautions: float, bads: float, of_data: Tensor | None) -> str:
     """The level by the shares of the data that are beyond the two limits."""
     tolerated = BY_CHANCE if of_data is not None else 0.0
-    return _level(cautions <= tolerated, bads > tolerated)
+    return level_by(cautions <= tolerated, bads > tolerated)
 
 
 def _some(of_data: Tensor | None, share: float) -> str:
@@ -311,24 +322,25 @@ def _some(of_data: Tensor | None, share: float) -> str:
 # Weights
 
 
-def _weighted(log_weights: Tensor, advice: str) -> Judgement:
-    """On how many draws does each datum's answer rest, and is the tail of the weights light enough? (S, *batch)"""
+def _weighted(log_weights: Tensor, advice: str) -> tuple[dict[str, Any], list[Finding], Tensor | None]:
+    """On how many draws does each datum's answer rest, and is the tail of the weights light enough? (S, *batch). With
+    the smoothed weights, unless they are broken."""
     findings = _no_weight(log_weights)
     if findings:
-        return {}, findings
+        return {}, findings, None
     draws, data = log_weights.shape[0], log_weights[0].numel()
     log_w = log_weights.double()
     kish = torch.exp(2 * torch.logsumexp(log_w, 0) - torch.logsumexp(2 * log_w, 0))
     figures: dict[str, Any] = {"ess": float(kish.min()), "ess_median": float(kish.median())}
-    k_hat = psis(log_w)[1]
+    smoothed, k_hat = psis(log_w)
     known = ~k_hat.isnan()
     if known.any():
         threshold = k_hat_threshold(draws)
         worst = k_hat.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
         largest, high = float(worst.max()), int((worst > threshold).sum())
         figures |= {"k_hat": largest, "k_hat_threshold": threshold, "k_hat_high": high / data}
-        level = _level(high == 0, int((worst > K_HAT_BAD).sum()) > K_HAT_BAD_SHARE * data)
-        text = f"k-hat up to {largest:.2f}{_datum(worst.argmax(), k_hat.shape)}"
+        level = level_by(high == 0, int((worst > K_HAT_BAD).sum()) > K_HAT_BAD_SHARE * data)
+        text = f"k-hat up to {largest:.2f}{datum(worst.argmax(), k_hat.shape)}"
         if high:
             share = f", and above that at {high} of {data} data" if data > 1 else ""
             text += f" (should be < {threshold:.2f}{share}): {advice}"
@@ -336,24 +348,30 @@ def _weighted(log_weights: Tensor, advice: str) -> Judgement:
     if not known.all():
         count = f" at {int((~known).sum())} of {data} data" if data > 1 else ""
         findings.append(("caution", f"k-hat is not available{count}: fewer than 25 draws have weight, draw more"))
-    level = _level(figures["ess"] > KISH_CAUTION, figures["ess"] <= KISH_BAD)
-    text = f"Kish ESS down to {figures['ess']:.1f} of {draws} draws{_datum(kish.argmin(), kish.shape)}"
+    level = level_by(figures["ess"] > KISH_CAUTION, figures["ess"] <= KISH_BAD)
+    text = f"Kish ESS down to {figures['ess']:.1f} of {draws} draws{datum(kish.argmin(), kish.shape)}"
     findings.append((level, text if level == "good" else f"{text} (should be > {KISH_CAUTION}): draw more"))
-    return figures, findings
+    return figures, findings, smoothed
 
 
-def _iid(draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None) -> Judgement:
+def _iid(
+    draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None, adjusted: Weighted | None, batch_dims: int
+) -> Judgement:
     chains, samples = next(iter(draws.values())).shape[:2]
     figures = {"num_draws": chains * samples}
     if guide_log_ratio is None:
         text = f"{chains * samples} independent draws, but nothing here tells how far they are from the posterior"
-        return figures, [("unknown", text)]
-    of_guide, findings = _weighted(guide_log_ratio, NEW_GUIDE)
+        return _both((figures, [("unknown", text)]), _held_against((draws, None), adjusted, batch_dims))
+    of_guide, findings, smoothed = _weighted(guide_log_ratio, NEW_GUIDE)
     nowhere = (guide_log_ratio == -math.inf).double().mean(0)
     if bool((nowhere > 0).any()):
-        share = f"{float(nowhere.max()):.0%} of the draws have no density{_datum(nowhere.argmax(), nowhere.shape)}"
+        share = f"{float(nowhere.max()):.0%} of the draws have no density{datum(nowhere.argmax(), nowhere.shape)}"
         findings = [("bad", f"{share}, so the ELBO is minus infinity: the guide leaves the support"), *findings]
-    return figures | of_guide, findings
+    judged = figures | of_guide, findings
+    if smoothed is None:
+        return judged
+    found = of_draws((draws, None), (draws, smoothed), batch_dims)
+    return _both(judged, judged_by(found, WEIGHTED, NEW_GUIDE))
 
 
 def _exact(draws: Mapping[str, Tensor], log_weights: Tensor | None) -> Judgement:
@@ -361,7 +379,7 @@ def _exact(draws: Mapping[str, Tensor], log_weights: Tensor | None) -> Judgement
     count = values.shape[0] * values.shape[1]
     if log_weights is not None:
         count = int((log_weights.flatten(0, 1) > -math.inf).sum(0).min())
-    level = _level(count > KISH_CAUTION, count <= KISH_BAD)
+    level = level_by(count > KISH_CAUTION, count <= KISH_BAD)
     text = f"{count} independent draws of the posterior itself"
     return {"num_draws": count}, [(level, text if level == "good" else f"{text} (should be > {KISH_CAUTION})")]
 
@@ -371,7 +389,7 @@ def _no_weight(log_weights: Tensor) -> list[Finding]:
     broken = (log_weights.isnan() | (log_weights == math.inf)).any(0)
     zero = (log_weights == -math.inf).all(0)
     return [
-        ("bad", f"{text}{_datum(which.int().argmax(), which.shape)} ({int(which.sum())} of {which.numel()}): {meaning}")
+        ("bad", f"{text}{datum(which.int().argmax(), which.shape)} ({int(which.sum())} of {which.numel()}): {meaning}")
         for which, text, meaning in (
             (broken, "log weights are nan or infinite", "the density overflows"),
             (zero, "no draw has any weight", "the proposal misses the posterior altogether"),
@@ -380,27 +398,9 @@ def _no_weight(log_weights: Tensor) -> list[Finding]:
     ]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Words
+def _held_against(answer: Weighted, adjusted: Weighted | None, batch_dims: int) -> Judgement:
+    return judged_by(of_draws(answer, adjusted, batch_dims), ADJUSTED if adjusted else "", SMALLER_TOLERANCE)
 
 
-def _level(good: bool, bad: bool) -> str:
-    """'good' must be shown: a comparison with nan shows nothing, and is a caution."""
-    return "good" if good else "bad" if bad else "caution"
-
-
-def _element(site: str, index: list[int]) -> str:
-    return f"{site}[{', '.join(map(str, index))}]" if index else site
-
-
-def _datum(flat: Tensor, shape: tuple[int, ...]) -> str:
-    index = _unravel(int(flat), shape)
-    return f" at datum {index[0] if len(index) == 1 else tuple(index)}" if index else ""
-
-
-def _unravel(flat: int, shape: tuple[int, ...]) -> list[int]:
-    index = []
-    for size in reversed(shape):
-        flat, i = divmod(flat, size)
-        index.append(i)
-    return index[::-1]
+def _both(first: Judgement, second: Judgement) -> Judgement:
+    return {**first[0], **second[0]}, [*first[1], *second[1]]

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .accuracy import Weighted
 from .budget import Counts, ExhaustedError, check_calls, within
 from .density import Density
 from .diagnostics import diagnose
@@ -53,6 +54,7 @@ class Draws:
     exact: bool = False  # independent draws of the posterior itself
     unknown: str = ""  # what no figure of the draws can tell, in words
     alarms: tuple[str, ...] = ()  # what the engine saw that speaks against its answer
+    adjusted: Weighted | None = None  # other draws and their log weights, nearer the posterior, to judge by
     figures: Mapping[str, Tensor] = field(default_factory=dict)  # of its own, for the diagnostics
     marginals: Marginals | None = None  # exact ones, for M-steps that take them in place of draws
 
@@ -299,6 +301,7 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
         exact=draws.exact,
         unknown=draws.unknown,
         alarms=draws.alarms,
+        adjusted=draws.adjusted,
     )
     return Posterior(
         values,

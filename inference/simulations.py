@@ -91,12 +91,16 @@ class Comparison(NamedTuple):
             "fewer summaries or more simulations",
         )
 
+    def enough(self, weights: Tensor) -> bool:
+        """Whether the draws of weight, (S, *batch), are enough for a regression on the summaries."""
+        return bool(((weights > 0).sum(0) >= PER_SUMMARY * (self.observed.shape[-1] + 1)).all())
+
     def adjusted(self, density: Density, u: Tensor, summary: Tensor, weights: Tensor) -> Tensor:
         """u (S, *batch, D) less its weighted linear regression on the summaries' distance from the observed ones.
         Raises `EngineError` where there are too few draws for it."""
         x = ((summary - self.observed) / self.scale).movedim(0, -2)  # (*batch, S, F)
-        least = PER_SUMMARY * (x.shape[-1] + 1)
-        if bool(((weights > 0).sum(0) < least).any()):
+        if not self.enough(weights):
+            least = PER_SUMMARY * (x.shape[-1] + 1)
             raise EngineError(f"a regression on {x.shape[-1]} summaries needs at least {least} draws; keep more")
         w = (weights / weights.sum(0)).movedim(0, -1)[..., None]  # (*batch, S, 1)
         y = u.movedim(0, -2)

@@ -60,7 +60,7 @@ def test_at_tolerance_zero_draws_and_evidence_are_exact():
     truth = gamma_poisson.reference({}, problem.args[0], 2.0, 0.5)
     assert_unbiased(posterior.log_evidence.value - truth.log_evidence.value)
     assert_moments((posterior.draws["rate"][0] - truth.mean["rate"]) / truth.sd["rate"])
-    assert posterior.diagnostics.level == "good"
+    assert posterior.diagnostics.verdict.startswith("errors up to")  # by chance, of 200 data with 100 draws each
     assert posterior.log_evidence.kind == "estimate"
 
 
@@ -83,7 +83,7 @@ def test_a_tolerance_too_large_fails_calibration_and_is_flagged():
     problem = normal_copies(1).on(x)
     assert calibration(problem, "z", z, lambda z: -(x - z).square(), ABC(num_samples=19, num_simulations=38)) < 1e-6
     posterior = done(problem.on(x[:20]), ABC(num_samples=500, num_simulations=1_000))
-    assert posterior.diagnostics.level == "caution"
+    assert posterior.diagnostics.level == "bad"
     assert "of the usual distance" in posterior.diagnostics.verdict
 
 
@@ -348,7 +348,7 @@ def test_a_tolerance_that_rounds_do_not_reach_is_told_and_one_they_do_ends_them(
 
 def test_simulations_are_counted():
     posterior = done(normal_copies(3), ABC(num_samples=50, num_simulations=5_000))
-    assert 5_000 <= posterior.cost.evaluations <= 5_060  # and the draws, once to look at them
+    assert 5_000 <= posterior.cost.evaluations <= 5_110  # and the draws, once to look at them, once adjusted
     with Density(normal_copies(3)) as density:
         engine = ABC(num_samples=1_000).sized(2_000, density)
     assert (engine.num_samples, engine.num_simulations) == (20, 2_000)

@@ -13,7 +13,18 @@ from pyrometer.benchmarks.cell import Cell, Record
 from pyrometer.benchmarks.comparison import Row, Theta
 from pyrometer.benchmarks.metrics import Score
 from pyrometer.benchmarks.tabled import as_text
-from pyrometer.inference import NUTS, SMC, SVI, AnnealedImportance, Enumeration, ImportanceSampling, Posterior, infer
+from pyrometer.inference import (
+    MAP,
+    NUTS,
+    SMC,
+    SVI,
+    AnnealedImportance,
+    Enumeration,
+    ImportanceSampling,
+    Posterior,
+    Quadrature,
+    infer,
+)
 from pyrometer.inference.engines.svi import still_rising
 from pyrometer.inference.posterior import Evidence, Status
 from pyrometer.models import conjugate_gaussian, gaussian_mixture
@@ -43,8 +54,10 @@ def test_counts_by_hand():
     assert found["ESS of a chain"] == AlarmScore("ESS of a chain", "< 100", 2, 0, 0, 1, 2)
     assert found["any of these"] == AlarmScore("any of these", "", 2, 0, 1, 1, 1)
     assert found["the verdict"] == AlarmScore("the verdict", "caution or bad", 1, 1, 1, 1, 1)
+    assert found["the verdict, bad"] == AlarmScore("the verdict, bad", "bad", 1, 1, 0, 2, 1)
+    assert found["R-hat, bad"] == AlarmScore("R-hat, bad", "> 1.05", 1, 1, 1, 1, 1)
     assert found["k-hat"] == AlarmScore("k-hat", "> min(1 - 1/log10 S, 0.7)", absent=5)
-    assert len(found) == len(ALARMS) + 2
+    assert len(found) == len(ALARMS) + 3
     assert found["any of these"].caught[0] == 1.0
     assert found["R-hat"].false[0] == 0.5
     assert found["k-hat"].caught is None
@@ -76,6 +89,10 @@ def test_what_is_wrong():
         ("ELBO convergence", {"elbo_drift": 0.0}, {"elbo_drift": 0.2}),
         ("gap of the bound", {"bound_gap": 0.1}, {"bound_gap": 0.9}),
         ("bracket width", {"bracket": 0.1}, {"bracket": 0.9}),
+        ("R-hat, bad", {"r_hat": 1.05}, {"r_hat": 1.051}),
+        ("likely error", {"likely_error": 0.19}, {"likely_error": 0.21}),
+        ("no spread", {"num_draws": 2.0}, {"num_draws": 1.0}),
+        ("the engine's own", {"alarms": 0.0}, {"alarms": 1.0}),
     ],
 )
 def test_each_alarm(name, quiet, loud):
@@ -102,14 +119,17 @@ PROBLEM = conjugate_gaussian.problem(num_data=4)
     [
         (NUTS(num_samples=60, warmup_steps=60), {"r_hat", "ess", "divergences", "e_bfmi", "acceptance"}),
         (ImportanceSampling(proposal="prior"), {"k_hat", "k_hat_threshold", "kish", "evidence_error"}),
-        (SVI(num_steps=60), {"k_hat", "k_hat_threshold", "kish", "elbo_drift", "bound_gap", "evidence_error"}),
+        (
+            SVI(num_steps=60),
+            {"k_hat", "k_hat_threshold", "kish", "elbo_drift", "bound_gap", "evidence_error", "num_draws"},
+        ),
         (SMC(num_samples=60), {"k_hat", "k_hat_threshold", "kish", "acceptance", "evidence_error"}),
         (AnnealedImportance(num_samples=20, num_temperatures=5), {"kish", "acceptance", "evidence_error"}),
     ],
 )
 def test_figures_of_engines(engine, names):
     found = figures_of(infer(PROBLEM, engine))
-    assert set(found) == names
+    assert set(found) == names | {"likely_error", "alarms"}
     assert all(isinstance(value, float) and math.isfinite(value) for value in found.values())
 
 
@@ -125,8 +145,15 @@ def test_figures_are_the_worst_over_data():
 
 def test_exact_answers_and_failures_have_no_alarms():
     exact = figures_of(infer(gaussian_mixture.problem(num_data=5), Enumeration()))
-    assert exact == {"evidence_error": 0.0}
+    assert exact == {"evidence_error": 0.0, "alarms": 0.0}
     assert figures_of(Posterior({}, status=Status("failed", "x"))) == {}
+
+
+def test_a_point_and_a_rule_that_is_too_coarse_have_alarms():
+    point = figures_of(infer(PROBLEM, MAP()))
+    assert point == {"num_draws": 1.0, "alarms": 0.0}
+    coarse = figures_of(infer(PROBLEM, Quadrature(num_nodes=3)))
+    assert coarse["alarms"] == 1.0
 
 
 def test_a_bracket():

@@ -348,7 +348,9 @@ def test_exact_weights_have_no_sampling_error():
 def test_a_guide_is_judged_by_its_ratio_to_the_model():
     draws = {"z": good_chains(8, chains=1)}
     unknown = diagnose(draws, kind="iid", batch_shape=(8,))
-    assert (unknown.level, unknown.figures) == ("unknown", {"num_draws": S})
+    assert unknown.level == "unknown"
+    assert unknown["num_draws"] == S
+    assert unknown.figures.keys() == {"num_draws", "likely_error"}
     close = diagnose(draws, kind="iid", batch_shape=(8,), guide_log_ratio=normal_weights(1.1, (S, 8))[0])
     assert close.level == "good"
     assert close["num_draws"] == S
@@ -358,8 +360,9 @@ def test_a_guide_is_judged_by_its_ratio_to_the_model():
     assert "the guide misses part of the posterior" in narrow.verdict
 
 
-def test_a_point_is_unknown_and_a_broken_point_bad():
-    assert diagnose({"z": torch.zeros(1, 1, 3)}, kind="point").level == "unknown"
+def test_a_point_is_a_caution_and_a_broken_point_bad():
+    point = diagnose({"z": torch.zeros(1, 1, 3)}, kind="point")
+    assert (point.level, point.figures) == ("caution", {"num_draws": 1})
     assert diagnose({"z": torch.full((1, 1, 3), math.nan)}, kind="point").level == "bad"
 
 

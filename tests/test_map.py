@@ -65,7 +65,7 @@ def test_the_mode_depends_on_the_coordinates_as_it_should(space, beta, gamma):
     for posterior in (shared, own):
         assert posterior.kind == "point"
         assert posterior.log_evidence is None
-        assert posterior.diagnostics.level == "unknown"
+        assert posterior.diagnostics.level == "caution"
 
 
 @pytest.mark.parametrize(

@@ -66,8 +66,9 @@ def test_draws_are_exact_and_the_evidence_is_unbiased(case, proposal):
     assert_moments((x - copies.mean) / copies.sd)
     assert posterior.kind == "iid"
     assert posterior.diagnostics["num_draws"] == 100
-    if not posterior.diagnostics.verdict.count("second mode"):
-        assert posterior.diagnostics.level == "good"
+    if not posterior.diagnostics.verdict.count("second mode"):  # then the noise of 100 draws is all there is to say
+        assert posterior.diagnostics.level == "caution"
+        assert "by chance, most in" in posterior.diagnostics.verdict
 
 
 @pytest.mark.parametrize(

@@ -179,14 +179,17 @@ class ABC:
         """Draws, adjusted where that was asked for, and what can be seen of their distance from the posterior."""
         z: Any = found.latents.get("", found.latents)
         epsilon = found.distance.amax(0)
-        alarms = compare.alarms(epsilon, FAR)
+        alarms, adjusted = compare.alarms(epsilon, FAR), None
         if density.continuous:
             u = z if isinstance(z, Tensor) else density.unconstrain(z)
+            width = torch.where(epsilon > 0, WIDER * epsilon, torch.ones_like(epsilon))
+            local = 1 - (found.distance / width).square()
             if self.regression:
-                width = torch.where(epsilon > 0, WIDER * epsilon, torch.ones_like(epsilon))
-                local = 1 - (found.distance / width).square()
                 u = compare.adjusted(density, u, found.summary, log_w.exp() * local)
                 log_w, z = log_w + local.log(), u
+            elif bool((epsilon > 0).any()) and compare.enough(log_w.exp() * local):
+                moved = compare.adjusted(density, u, found.summary, log_w.exp() * local)
+                adjusted = as_chain(density.constrain(moved)), (log_w + local.log())[None]
             alarms += still_moving(u, log_w, found.distance)
         weighted = always or self.regression or bool((log_w != 0).any())
         return Draws(
@@ -198,6 +201,7 @@ class ABC:
             if not weighted
             else "draws at a tolerance above zero: no figure tells how far they are from the posterior",
             figures={"tolerance": epsilon, "tolerance_share": epsilon / compare.usual},
+            adjusted=adjusted,
         )
 
 
