@@ -95,16 +95,27 @@ def of_draws(answer: Weighted, better: Weighted | None = None, batch_dims: int =
     found, weights = better or answer
     parts: list[Part] = []
     for site, values in found.items():
+        if not values.numel():
+            continue
         size = values.shape[:2].numel(), values.shape[2 : 2 + batch_dims].numel()
         mine, theirs = (_normalised(w, size) for w in (answer[1], weights))
         x, y = (v.reshape(*size, -1) for v in (answer[0][site], values))
         listed = _listed(y)
         figures = _moments if listed is None else partial(_probabilities, listed)
-        step = max(1, AT_ONCE // max(1, x[:, 0].numel()))
-        blocks = [slice(i, i + step) for i in range(0, size[1], step)]
-        errors = torch.cat([figures(*(_rows(t[:, b]) for t in (x, mine, y, theirs))) for b in blocks], 2)
+        columns = max(1, AT_ONCE // size[0])
+        errors = torch.cat([
+            torch.cat([
+                figures(*map(_rows, (x[:, data, events], mine[:, data], y[:, data, events], theirs[:, data])))
+                for events in _slices(x.shape[2], columns)
+            ], 3)
+            for data in _slices(size[1], max(1, columns // x.shape[2]))
+        ], 2)  # fmt: skip
         parts += [Part(of, site, values.shape[2:], *error) for of, error in zip(_kinds(listed), errors, strict=True)]
     return _likely(parts)
+
+
+def _slices(count: int, step: int) -> list[slice]:
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def _rows(values: Tensor) -> Tensor:
@@ -117,13 +128,15 @@ def of_chains(draws: Draws, judged: Mapping[str, Tensor], batch_dims: int = 0) -
     are `judged`, (*batch, *event). None where there are none."""
     parts: list[Part] = []
     for site, which in judged.items():
-        x = draws[site].detach().cpu().double()
-        centred = x - x.mean((0, 1))
-        variance = centred.square().mean((0, 1))
+        if not bool(which.any()):
+            continue
+        x = draws[site]
+        squares = (x.double() - x.double().mean((0, 1))).square()
+        variance = squares.mean((0, 1))
         noise = mcse(x) / variance.sqrt()
         listed = _listed(x)
         if listed is None:
-            errors = [noise, mcse(centred.square()) / (2 * variance)]
+            errors = [noise, mcse(squares) / (2 * variance)]
         else:  # as many effective draws as of the values
             errors = [noise * sum(0.5 * (p * (1 - p)).sqrt() for p in ((x == v).double().mean((0, 1)) for v in listed))]
         data = x.shape[2 : 2 + batch_dims].numel()
@@ -139,7 +152,7 @@ def _kinds(listed: Tensor | None) -> tuple[str, ...]:
 
 def _listed(values: Tensor) -> Tensor | None:
     """The values of a discrete latent, where there are few; else None."""
-    if not bool((values == values.round()).all()):
+    if values.is_floating_point() and not bool((values == values.round()).all()):
         return None
     listed = values.unique()
     return listed if len(listed) <= FEW_VALUES else None

@@ -9,7 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyrometer.inference import ABC, Problem, infer
+from pyrometer.inference import ABC, Problem, accuracy, infer
 from pyrometer.inference.accuracy import CAUTION, SURE, of_chains, of_draws
 from pyrometer.inference.diagnostics import diagnose
 
@@ -144,6 +144,19 @@ def test_particles_of_few_ancestors_or_one():
     factor = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=z.dtype).expand(1, 999, 2, 2).clone()
     factor[..., 1, 0] = draw(1, 999, seed=1)
     assert of_draws(({"L": factor}, None)).likely < 0.1  # the zeros and ones of a matrix are as they should be
+
+
+def test_pieces_and_empty_sites_change_nothing(monkeypatch):
+    z, log_w = draw(2, 50, 7, 3, seed=0), draw(2, 50, 7, seed=1)
+    whole = of_draws(({"z": z}, None), ({"z": z}, log_w), 1)
+    monkeypatch.setattr(accuracy, "AT_ONCE", 250)  # two columns at a time
+    pieces = of_draws(({"none": z[..., :0], "z": z}, None), ({"none": z[..., :0], "z": z}, log_w), 1)
+    assert pieces.likely == pytest.approx(whole.likely, rel=1e-9)
+    assert (pieces.shift.where, pieces.noise.where) == (whole.shift.where, whole.noise.where)
+    direct = (torch.softmax(log_w.reshape(100, 7), 0)[..., None] * z.reshape(100, 7, 3)).sum(0)
+    assert float((direct - z.mean((0, 1))).abs().max()) > 0.1  # there is something to see
+    chains = of_chains({"none": z[..., :0], "z": z}, {"none": torch.ones(7, 0) > 0, "z": torch.ones(7, 3) > 0}, 1)
+    assert chains.noise.where.startswith("z[")
 
 
 def test_one_datum_in_a_hundred_is_tolerated_and_one_in_fifty_is_not():
