@@ -16,6 +16,7 @@ import tomllib
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -151,6 +152,11 @@ def test_json_csv_and_page_agree(two):
     listed = list(csv.DictReader(files["summary.csv"].read_text().splitlines()))
     for group in summary["blocks"][0]["groups"]:
         error = group["errors"].get("error of means")
+        if (
+            group["engine"] == "quadrature"
+        ):  # cannot run here: that is said once, with the reason, not in rows of dashes
+            assert (group["engine"], group["budget"]) not in shown
+            continue
         assert shown[group["engine"], group["budget"]] == ("" if error is None else repr(error["mean"]))
         if error:
             name = (group["engine"], group["budget"], "error of means")
@@ -295,6 +301,12 @@ def test_every_figure_has_a_command_that_makes_its_runs_again(two):
     assert set(read["engines"]) == {"nuts", "svi", "smc", "quadrature"}
 
 
+def drawings(page: Page) -> list[ET.Element]:
+    """The figures that are SVG, parsed."""
+    heads = [image["src"].partition(",") for image in page.images]
+    return [ET.fromstring(unquote(text)) for kind, _, text in heads if kind == "data:image/svg+xml"]
+
+
 HOSTILE = (
     "<script>alert(1)</script>", "../../etc/passwd", '"><img src=x onerror=alert(1)>', "$\\frac{a}{$", "_hidden",
     "a\x00b\x1b[31m\ud800", "\u202eevil", "END\nrm -rf /", "=cmd|' /C calc'!A0", "n" * 300, "{{ 7 * 7 }}",
@@ -320,11 +332,9 @@ def test_hostile_names_are_escaped(tmp_path):
     assert "{{ 7 * 7 }}" in html.unescape(page.raw)
     assert "49" not in [text for rows in page.rows.values() for row in rows for text, _ in row]
     assert not re.search("[\x00\x1b\u202e]", page.raw)
-    for image in page.images:  # every figure is XML that a browser can read
-        kind, _, content = image["src"].partition(";base64,")
-        if kind.endswith("svg+xml"):
-            root = ET.fromstring(base64.b64decode(content))
-            assert not [e for e in root.iter() if e.tag.endswith("script")]
+    assert drawings(page)
+    for root in drawings(page):  # every figure is XML that a browser can read
+        assert not [e for e in root.iter() if e.tag.endswith("script")]
     for text in re.findall(r"<pre>(cat .*?)</pre>", page.raw, re.DOTALL):
         inside = html.unescape(text).splitlines()[1:-1]
         assert inside.index("END") == len(inside) - 1, "a name ended the text early"
@@ -650,7 +660,9 @@ def test_an_engine_looks_the_same_on_every_page(two):
     _, _, page = two
     engines = ["svi", "nuts", "hmc", "importance_sampling", "smc", "annealed_importance", "quadrature"]
     assert len({mark(name).colour for name in engines}) == len(engines)
-    assert page.raw.count(mark("nuts").path) >= 3
+    symbols = re.findall(r'<symbol id="(.*?)".*? d="(M[^"]*)" fill="(.*?)"', page.raw)
+    name = next(name for name, path, colour in symbols if (path, colour) == (mark("nuts").path, mark("nuts").colour))
+    assert page.links.count(f"#{name}") >= 3
     assert (mark("svi"), mark("nuts")) == (mark("svi"), mark("nuts"))
 
 

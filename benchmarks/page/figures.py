@@ -1,4 +1,4 @@
-"""The figures, each as an image in the page (a data URI) with words for those who do not see it.
+"""The figures, each as an image in the page (a data URI in few letters) with words for those who do not see it.
 
 An image cannot run scripts nor load anything, whatever names stand in it. Text is never read as mathematics. Engines
 have no legend inside: their marks stand once above the figures of a block.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote
 
 import matplotlib as mpl
 import numpy as np
@@ -21,15 +22,20 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.patches import PathPatch
+from matplotlib.path import Path
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, SymmetricalLogLocator
 
 from ..report import count
 from .marks import mark
 from .posteriors import Doubts, Drawn, Pair, Panel, name_of
+from .slim import slim
 from .summary import Block, Group, Interval
 
 INK, QUIET, GRID = "#1a1a1a", "#5c5c5c", "#e3e3e3"
+FAR = 20.0  # times the median: an engine whose evidence is so much further off
 TINY = 1e-6  # errors below it are of the machine: they stand on the lower edge
+PLAIN = "<>=/:;,.'(){}*+!?@[]|^~ "  # what stands for itself in a data URI, within double quotes in HTML
 LONGEST = 40  # characters of a name in a figure; the page has it whole
 RC: dict[Any, Any] = {
     "text.parse_math": False,
@@ -77,20 +83,19 @@ def _svg(figure: Figure, alt: str) -> Picture:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, transparent=True)
     # the reader's own font: the one matplotlib measured with may not be there
-    text = buffer.getvalue().replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, system-ui, sans-serif")
-    return _picture(figure, text.encode(), "image/svg+xml", alt)
+    text = slim(buffer.getvalue().replace("'DejaVu Sans', sans-serif", "'DejaVu Sans',Verdana,system-ui,sans-serif"))
+    return _picture(figure, f"data:image/svg+xml,{quote(text, safe=PLAIN)}", alt)
 
 
 def _png(figure: Figure, alt: str) -> Picture:
     FigureCanvasAgg(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    return _picture(figure, buffer.getvalue(), "image/png", alt)
+    return _picture(figure, f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", alt)
 
 
-def _picture(figure: Figure, content: bytes, kind: str, alt: str) -> Picture:
+def _picture(figure: Figure, uri: str, alt: str) -> Picture:
     width, height = figure.get_size_inches()
-    uri = f"data:{kind};base64,{base64.b64encode(content).decode()}"
     return Picture(uri, alt, round(96 * width), round(96 * height))
 
 
@@ -201,11 +206,24 @@ def evidence(block: Block) -> Picture | None:
         axes.set_yticks(range(len(shown)), [shortened(name) for name in shown], color=INK)
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.xaxis.set_major_locator(MaxNLocator(6))
+        if relative:
+            _spread(axes, [value.mean for _, value in shown.values()])
         axes.set_xlabel("log p(x) less the truth, nats per datum" if relative else "log p(x), nats per datum")
         axes.grid(axis="x", color=GRID, lw=0.8)
         axes.tick_params(length=0)
         title = "Log evidence less the truth" if relative else "Log evidence; the truth is not known"
         return _svg(figure, f"{title}, nats per datum. {'; '.join(words)}.")
+
+
+def _spread(axes: Axes, values: Sequence[float]) -> None:
+    """Where one engine is far off, the others can be told apart all the same: beyond the median the axis is
+    logarithmic, to both sides."""
+    sizes = sorted(abs(value) for value in values)
+    usual = max(sizes[len(sizes) // 2], 1e-3)
+    if sizes[-1] > FAR * usual:
+        axes.set_xscale("symlog", linthresh=usual)
+        axes.xaxis.set_major_locator(SymmetricalLogLocator(base=10, linthresh=usual, subs=(1.0,)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
 
 
 def _evidence_row(axes: Axes, place: int, name: str, group: Group, value: Interval) -> str:
@@ -297,8 +315,8 @@ def pairs(drawn: Drawn) -> Picture | None:
         for (engine, cloud), place in zip(pair.clouds.items(), axes, strict=False):
             style = mark(engine)
             if pair.truth is not None:
-                place.scatter(pair.truth[:, 0], pair.truth[:, 1], s=5, color="#cdcdcd", lw=0)
-            place.scatter(cloud[:, 0], cloud[:, 1], s=7, color=style.colour, lw=0, alpha=0.6)
+                _dots(place, pair.truth, 2.2, "#cdcdcd")
+            _dots(place, cloud, 2.4, style.colour, alpha=0.6)
             if pair.moments is not None:
                 (x, x_sd), (y, y_sd) = pair.moments
                 place.errorbar([x], [y], xerr=[2 * x_sd], yerr=[2 * y_sd], color="black", lw=1.6)
@@ -315,7 +333,15 @@ def pairs(drawn: Drawn) -> Picture | None:
         figure.supylabel(shortened(names[1]), size=10)
         words = [f"{engine} {_correlation(cloud)}" for engine, cloud in pair.clouds.items()]
         known = f"the truth {_correlation(pair.truth)}; " if pair.truth is not None else ""
-        return _png(figure, f"{names[1]} against {names[0]}. Correlations: {known}{', '.join(words)}.")
+        return _svg(figure, f"{names[1]} against {names[0]}. Correlations: {known}{', '.join(words)}.")
+
+
+def _dots(axes: Axes, cloud: np.ndarray, size: float, colour: str, alpha: float | None = None) -> None:
+    """Points as the round ends of lines without a length: one path, which takes a few letters for each."""
+    cloud = cloud[np.isfinite(cloud).all(1)]
+    path = Path(np.repeat(cloud, 2, 0), np.tile([Path.MOVETO, Path.LINETO], len(cloud)))
+    path.should_simplify = False  # which would take what has no length away
+    axes.add_patch(PathPatch(path, fill=False, edgecolor=colour, lw=size, capstyle="round", alpha=alpha))
 
 
 def _window(pair: Pair) -> tuple[np.ndarray, np.ndarray]:

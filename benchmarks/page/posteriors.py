@@ -26,7 +26,7 @@ from .summary import Block, Group
 
 PANELS = 4  # coordinates that are shown
 ENGINES = 8  # engines in one figure
-LEVELS = 80  # points of a curve
+LEVELS = 64  # points of a curve
 POINTS = 300  # of a cloud
 IMAGES = 8  # worst data of an engine
 
@@ -298,7 +298,7 @@ def _pair_truth(pair: Pair, truth: Reference, batch: int) -> None:
     first, second = (_reference_scalar(truth, site, index, batch) for site, index in pair.places)
     if first is not None and second is not None:
         weights = first[1]
-        kept = np.random.default_rng(1).choice(len(weights), 3 * POINTS, p=weights / weights.sum())
+        kept = np.random.default_rng(1).choice(len(weights), 2 * POINTS, p=weights / weights.sum())
         pair.truth = np.stack([first[0], second[0]], 1)[kept]
     elif all(site in truth.mean and site in truth.sd for site, _ in pair.places):
         of_first, of_second = ((_at(truth.mean, place), _at(truth.sd, place)) for place in pair.places)

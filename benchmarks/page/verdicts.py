@@ -61,6 +61,8 @@ def _trust(block: Block, accurate: list[Group], judged: list[str]) -> list[str]:
     )
     sentences = [f"Trust {first.engine} at {_cost(first)}: {_errors(first, judged)} ({_seeds(first)})."]
     sentences += [f"{rank}."] if engines > 1 else []
+    if first.level() in ("caution", "bad"):
+        sentences.append(f"Its own diagnosis there is '{first.level()}': without the truth one would not have known.")
     quick = _cheapest(accurate, Group.seconds)
     clocks = quick.seconds(), first.seconds()
     if quick.engine != first.engine and clocks[0] and clocks[1] and clocks[0].upper < clocks[1].lower:

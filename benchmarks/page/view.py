@@ -37,6 +37,7 @@ def block_view(folder: Path, block: Block, environments: Environments) -> dict[s
     last = [groups[-1] for name in block.engines if (groups := [g for g in block.ladder(name) if g.done])]
     of_keys = set(of_draws.keys.values())
     shown = [group for group in block.groups if any(entry.key in of_keys for entry in group.entries)]
+    ran = [group for group in block.groups if any(entry.state != "unsupported" for entry in group.entries)]
     return {
         "id": identity(block.problem, block.learner),
         "title": title(block.problem, block.learner),
@@ -46,11 +47,13 @@ def block_view(folder: Path, block: Block, environments: Environments) -> dict[s
         "metrics": shown_metrics,
         "more_metrics": more,
         "more_rows": [
-            {"engine": g.engine, "budget": g.budget, "metrics": [_metric(g, m) for m in more]} for g in block.groups
+            {"engine": g.engine, "budget": g.budget, "metrics": [_metric(g, m) for m in more]}
+            for g in block.groups
+            if g.done
         ],
         "budgets": block.budgets,
-        "engines": block.engines,
-        "rows": [_row(group, shown_metrics) for group in block.groups],
+        "engines": sorted({group.engine for group in ran}),
+        "rows": [_row(group, shown_metrics) for group in ran],
         "ladders": ladders,
         "evidence": figures.evidence(block),
         "commands": command(block.groups),
@@ -65,7 +68,7 @@ def block_view(folder: Path, block: Block, environments: Environments) -> dict[s
         "missing": of_draws.missing,
         "diagnoses": [_diagnosis(group) for group in block.groups if group.done],
         "failures": _failures(block),
-        "folds": [_fold(group, environments) for group in block.groups],
+        "folds": [_fold(block.ladder(engine), environments) for engine in block.engines],
     }
 
 
@@ -173,15 +176,22 @@ def _diagnosis(group: Group) -> dict[str, Any]:
     }
 
 
-def _fold(group: Group, environments: Environments) -> dict[str, Any]:
+def _fold(ladder: list[Group], environments: Environments) -> dict[str, Any]:
+    """What is behind the rows of one engine, budget by budget, and the command that repeats them."""
     return {
-        "title": f"{group.engine}, {group.budget}",
-        "seeds": ", ".join(str(entry.seed) for entry in group.entries),
-        "model_settings": _settings(group.cell.model_settings),
-        "settings": _settings(group.settings) or "none",
-        "keys": " ".join(entry.key for entry in group.entries),
-        "environment": environments.number(group),
-        "command": command([group]),
+        "engine": ladder[0].engine,
+        "model_settings": _settings(ladder[0].cell.model_settings),
+        "runs": [
+            {
+                "budget": group.budget,
+                "settings": _settings(group.settings) or "no settings",
+                "seeds": ", ".join(str(entry.seed) for entry in group.entries),
+                "keys": " ".join(entry.key for entry in group.entries),
+                "environment": environments.number(group),
+            }
+            for group in ladder
+        ],
+        "command": command(ladder),
     }
 
 
@@ -242,7 +252,7 @@ def _failures(block: Block) -> list[dict[str, Any]]:
             "what": state(what),
             "reason": reason or "no reason was recorded",
             "count": len(budgets),
-            "budgets": ", ".join(dict.fromkeys(budgets)),
+            "budgets": "all" if set(budgets) == set(block.budgets) else ", ".join(dict.fromkeys(budgets)),
         }
         for (engine, what, reason), budgets in sorted(found.items())
     ]
