@@ -177,20 +177,16 @@ def _free(task: Task, store: Store) -> bool:
 
 def _threads(todo: list[Task], store: Store, jobs: int, limit: float, memory: float) -> Iterator[tuple[Task, str]]:
     """One thread for each process: it only waits."""
-    waiting: queue.SimpleQueue[Task] = queue.SimpleQueue()
+    line = _Line(todo)
     ended: queue.SimpleQueue[tuple[Task, str] | BaseException] = queue.SimpleQueue()
-    for task in todo:
-        waiting.put(task)
     stop = threading.Event()
 
     def work() -> None:
+        last = None
         try:
             with Worker(limit, memory, stop.is_set) as worker:
-                while not stop.is_set():
-                    task = waiting.get_nowait()
-                    ended.put((task, attempt(task, store, worker)))
-        except queue.Empty:
-            pass
+                while not stop.is_set() and (last := line.next(last)):
+                    ended.put((last, attempt(last, store, worker)))
         except BaseException as error:
             ended.put(error)
 
@@ -210,6 +206,44 @@ def _threads(todo: list[Task], store: Store, jobs: int, limit: float, memory: fl
         stop.set()
         for thread in threads:
             thread.join(timeout=4)
+
+
+class _Line:
+    """Which task a process does next: of the problem that it has at hand, so that problem and truth are worked out
+    once; else of one that no other process is at; else where most is left. The dearest come first, so that a run ends
+    with what is short."""
+
+    def __init__(self, todo: Iterable[Task]) -> None:
+        self._lock = threading.Lock()
+        self._left: dict[tuple[str, str], list[Task]] = defaultdict(list)
+        self._hands: Counter[tuple[str, str]] = Counter()
+        for task in sorted(todo, key=_size):
+            self._left[_place(task)].append(task)
+
+    def next(self, last: Task | None) -> Task | None:
+        """The next for the process that has done `last`; None at the end."""
+        with self._lock:
+            before = _place(last) if last is not None else None
+            left = {place: tasks for place, tasks in self._left.items() if tasks}
+            if not left:
+                return None
+            if before in left:
+                return left[before].pop()
+            if before is not None:
+                self._hands[before] -= 1
+            place = min(left, key=lambda place: (self._hands[place], -sum(map(_size, left[place]))))
+            self._hands[place] += 1
+            return left[place].pop()
+
+
+def _place(task: Task) -> tuple[str, str]:
+    """What cells have in common that a process keeps from one to the next."""
+    return task.cell.problem, task.theta
+
+
+def _size(task: Task) -> float:
+    """A guess of what it costs, by which to order: a budget of its own, or of seconds, counts as a large one."""
+    return task.cell.budget.calls or 1e5
 
 
 def _joblib(

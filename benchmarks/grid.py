@@ -8,7 +8,8 @@
     engines = ["smc", {name = "nuts", label = "nuts, deep", settings = {max_tree_depth = 12}}]
 
 Families, engines and learners are found, not listed: one that is added joins `standard` by existing. A family may say
-in a constant `BENCH` with which settings it joins: one mapping, or several.
+in a constant `BENCH` with which settings it joins: one mapping, or several. `smoke` has those alone that say so in a
+constant `SMOKE`, likewise: one of each kind, small, so that every engine has something that it serves.
 """
 
 from __future__ import annotations
@@ -90,19 +91,15 @@ def grid(
         del learned[""]
     if not chosen or not methods or not learned:
         raise ProblemError("a grid needs at least one problem and one engine.")
-    cells = []
-    for where, learner, engine in itertools.product(chosen, learned, methods):
-        for budget, seed in itertools.product(_budgets(budgets), _seeds(seeds)):
-            cells.append(
-                Cell(
-                    **where,
-                    **_method_fields("engine", engine, methods[engine], found),
-                    **(_method_fields("learner", learner, learned[learner], found) if learner else {}),
-                    budget=budget,
-                    seed=seed,
-                )
-            )
-    return Grid(tuple(cells), name, found)
+    by = [_method_fields("learner", label, method, found) if label else {} for label, method in learned.items()]
+    using = [_method_fields("engine", label, method, found) for label, method in methods.items()]
+    cells = tuple(
+        Cell(**where, **learner, **engine, budget=budget, seed=seed)
+        for where, learner, engine, budget, seed in itertools.product(
+            chosen, by, using, _budgets(budgets), _seeds(seeds)
+        )
+    )
+    return Grid(cells, name, found)
 
 
 def named(what: str | Path) -> Grid:
@@ -174,12 +171,12 @@ def selected(
 
 def standard() -> Grid:
     """Every family with a reference, every engine, three seeds, a ladder of three budgets."""
-    return grid(_with_reference(), budgets=LADDER, name="standard")
+    return grid(_joining("BENCH", {}), budgets=LADDER, name="standard")
 
 
 def smoke() -> Grid:
-    """Some minutes: every family with a reference, every engine, once, with few calls."""
-    return grid(_with_reference(), budgets=LADDER[:1], seeds=1, name="smoke")
+    """About a minute with two jobs: a family of each kind, every engine, once, with few calls."""
+    return grid(_joining("SMOKE"), budgets=LADDER[:1], seeds=1, name="smoke")
 
 
 def dlvm() -> Grid:
@@ -194,12 +191,12 @@ def dlvm() -> Grid:
 NAMED: dict[str, Callable[[], Grid]] = {"smoke": smoke, "standard": standard, "dlvm": dlvm}
 
 
-def _with_reference() -> dict[str, tuple[str, Mapping[str, Any]]]:
-    """Families that know the truth, in the settings that they join a benchmark with."""
+def _joining(constant: str, unsaid: Mapping[str, Any] | tuple[()] = ()) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Families that know the truth, in the settings that they say they join with in this constant, or else `unsaid`."""
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for name, module in models.families().items():
-        bench = getattr(module, "BENCH", {})
-        for settings in [bench] if isinstance(bench, Mapping) else bench:
+        said = getattr(module, constant, unsaid)
+        for settings in [said] if isinstance(said, Mapping) else said:
             if module.problem(**settings).reference is not None:
                 found[_label(name, settings)] = (name, settings)
     return found

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
@@ -66,6 +66,20 @@ def tasks(grid: Grid, rerun: tuple[str, ...] = ()) -> tuple[list[Task], list[Tas
     thetas: dict[str, Task] = {}
     cells: dict[str, Task] = {}
     contexts: dict[str, tuple[str, ...]] = {}
+    sources: dict[str, str] = {}
+
+    def source(cell: Cell, kind: str, make: Callable[[Cell], Any]) -> str:
+        """Of the file that the cell's method stands in; made once, since to look for plug-ins takes milliseconds."""
+        named = [
+            getattr(cell, f"{kind}_settings"),
+            getattr(cell, kind),
+            cell.method if kind == "engine" else cell.learn_by,
+        ]
+        what = json.dumps([kind, *map(plain, named)])
+        if what not in sources:
+            sources[what] = _source(type(make(cell)))
+        return sources[what]
+
     for cell in grid.cells:
         where = json.dumps([cell.problem, cell.model, plain(cell.model_settings)])
         if where not in contexts:
@@ -80,9 +94,9 @@ def tasks(grid: Grid, rerun: tuple[str, ...] = ()) -> tuple[list[Task], list[Tas
                 problem=cell.problem, model=cell.model, engine="", learner=cell.learner, seed=cell.seed,
                 model_settings=cell.model_settings, learner_settings=cell.learner_settings, learn_by=cell.learn_by,
             )  # fmt: skip
-            theta = "theta-" + bare.key(*context, _source(type(grid.learner(cell))))
+            theta = "theta-" + bare.key(*context, source(cell, "learner", grid.learner))
             thetas.setdefault(theta, Task(theta, part, learning=True, rerun=rerun))
-        key = cell.key(*context, theta, _source(type(grid.engine(cell))))
+        key = cell.key(*context, theta, source(cell, "engine", grid.engine))
         cells[key] = Task(key, part, theta, rerun=rerun)
     return list(thetas.values()), list(cells.values())
 

@@ -30,6 +30,7 @@ from . import _draws, _settings
 POSTERIOR_SD = math.sqrt(0.5)
 
 BENCH = {"num_data": 50}  # settings that it joins a benchmark with
+SMOKE = {"num_data": 20}  # settings that it joins a smoke test with
 
 
 def problem(

@@ -44,6 +44,7 @@ MU_SCALE = 5.0
 TAU_SCALE = 5.0
 
 BENCH: tuple[dict[str, bool], ...] = ({}, {"centred": True})  # settings that it joins a benchmark with
+SMOKE: dict[str, int] = {}  # settings that it joins a smoke test with
 
 
 def problem(

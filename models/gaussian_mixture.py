@@ -46,6 +46,7 @@ MERGING_PRIOR = 10.0
 MAX_GRID = 1500
 
 BENCH = ({"num_data": 100}, {"case": "merging"})  # settings that it joins a benchmark with
+SMOKE = {"num_data": 50}  # settings that it joins a smoke test with
 
 
 def problem(

@@ -29,6 +29,7 @@ from pyrometer.inference.problem import Problem, ProblemError, Reference
 from . import _settings
 
 MOST_LISTED = 2**14  # state sequences, of which the reference lists the weights
+SMOKE = {"num_steps": 6}  # settings that it joins a smoke test with
 
 
 def problem(

@@ -23,6 +23,7 @@ from . import _settings
 
 A_LOC, A_SCALE, Q_LOC, Q_SCALE = 0.5, 0.3, math.log(0.5), 0.4
 REACH, POINTS = 7.0, 121  # of the grid: prior sds to each side, and points along each axis
+SMOKE = {"num_steps": 4}  # settings that it joins a smoke test with
 
 
 def problem(*, num_steps: int = 6, noise: float = 0.8, seed: int = 0) -> Problem:

@@ -36,6 +36,7 @@ from pyrometer.inference.simulator import Simulator
 from . import _settings
 
 RADIUS, WIDTH, SHIFT = 0.1, 0.01, 0.25
+SMOKE = {"num_data": 5}  # settings that it joins a smoke test with
 
 
 class Crescent(TorchDistribution):

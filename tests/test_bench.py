@@ -21,7 +21,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrometer.benchmarks.bench import bench
+from pyrometer.benchmarks.bench import _Line, bench
 from pyrometer.benchmarks.cell import Budget
 from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.comparison import compare
@@ -168,6 +168,39 @@ def test_standard_is_every_family_with_a_reference_and_every_engine():
     assert len(selected(standard, engines=["smc"], budgets=[50], seeds=[7])) * 9 * len(engines()) == len(standard)
 
 
+def test_smoke_is_small_and_every_engine_has_something_that_it_serves():
+    """So that a family which is added does not make it long, and an engine which is added does not go unseen."""
+    smoke = named("smoke")
+    said = {name for name, module in families().items() if hasattr(module, "SMOKE")}
+    assert {cell.model for cell in smoke.cells} == said
+    assert {cell.method for cell in smoke.cells} == set(engines())
+    assert len({cell.problem for cell in smoke.cells}) <= 8
+    assert len({(cell.budget, cell.seed) for cell in smoke.cells}) == 1
+    problems = {cell.problem: smoke.problem(cell) for cell in smoke.cells}
+    assert all(problem.reference is not None for problem in problems.values())
+    for name, engine in engines().items():
+        assert any(not refusal(problem, engine()) for problem in problems.values()), f"{name} serves none of them"
+
+
+def refusal(problem, engine) -> str:
+    try:
+        return why_not(problem, engine)
+    except ProblemError as error:
+        return str(error)
+
+
+def test_methods_are_looked_up_once_and_not_for_every_cell(monkeypatch):
+    """To look for plug-ins reads the file of every installed package: a grid of thousands spent half a minute on it."""
+    from pyrometer.inference import registry
+
+    asked = []
+    discover = registry._discover
+    monkeypatch.setattr(registry, "_discover", lambda *of: (asked.append(of), discover(*of))[1])
+    problems = {f"cg{n}": ("conjugate_gaussian", {"num_data": n}) for n in range(1, 6)}
+    tasks(grid(problems, ENGINES, budgets=[100, 200], seeds=4))
+    assert len(asked) <= 5 * len(ENGINES)
+
+
 def first(module):
     bench_settings = getattr(module, "BENCH", {})
     return bench_settings if isinstance(bench_settings, dict) else bench_settings[0]
@@ -267,6 +300,25 @@ def toy(scale: float) -> Problem:
 
 
 # -- the same numbers ------------------------------------------------------------------------------------------------
+
+
+def test_a_process_stays_at_its_problem_and_the_dearest_cells_come_first():
+    problems = {name: ("conjugate_gaussian", {"num_data": n}) for n, name in enumerate("abc", 1)}
+    todo = tasks(grid(problems, ["svi"], budgets=[100, 400, 200], seeds=2))[1]
+    line, done, at = _Line(todo), [], {0: None, 1: None}
+    for turn in range(len(todo)):
+        worker = turn % 2
+        at[worker] = line.next(at[worker])
+        done.append((worker, at[worker].cell.problem, at[worker].cell.budget.calls))
+    assert line.next(at[0]) is None
+    assert line.next(None) is None
+    assert len({task.name for task in todo}) == len(done)
+    by = [[problem for worker, problem, _ in done if worker == w] for w in (0, 1)]
+    assert by[0][:6] == ["a"] * 6
+    assert by[1][:6] == ["b"] * 6
+    assert by[0][6:] == by[1][6:] == ["c"] * 3, "at the end they share"
+    assert [calls for worker, _, calls in done if worker == 0][:6] == [400, 400, 200, 200, 100, 100]
+    assert [calls for _, problem, calls in done if problem == "c"] == [400, 400, 200, 200, 100, 100]
 
 
 def test_two_workers_give_what_one_process_gives(whole, tmp_path):
