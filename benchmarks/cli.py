@@ -3,65 +3,32 @@
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import click
-from rich.console import Console, RenderableType
-from rich.status import Status
 from rich.table import Table
 from rich.text import Text
 
-if TYPE_CHECKING:
-    from .speed.record import Begun, Measurement
-
-T = TypeVar("T")
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells report it
-
-
-class Mistake(click.ClickException):
-    """What the user can put right: one line on stderr, exit code 2."""
-
-    exit_code = 2
-
-    def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
-
-
-class Commands(click.Group):
-    """Mistakes end in one line and code 2, Ctrl-C in code 130, neither in a traceback."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
-            ctx.exit(INTERRUPTED)
-        except ValueError as error:
-            from pyrometer.inference import ProblemError
-
-            if isinstance(error, ProblemError):
-                raise Mistake(str(error)) from error
-            raise
+from .terminal import (
+    Commands,
+    Mistake,
+    announcer,
+    check_writable,
+    collect,
+    console,
+    deliver,
+    json_option,
+    listed,
+    seed_option,
+    watched,
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="pyrometer")
 def main() -> None:
     """Which inference method should I trust on my model? Pyro models, fit by many engines, compared with the truth."""
-
-
-json_option = click.option(
-    "--json",
-    "json_path",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="Write everything to this file too.",
-)
-seed_option = click.option("--seed", type=int, default=0, show_default=True, help="A whole number from 0.")
 
 
 @main.command()
@@ -93,7 +60,7 @@ def compare(
     Each engine is judged against the truth, where it is known, at the same theta. What cannot run says why. The file of
     --json has every measure there is, the table those for which it has room.
     """
-    _check_writable(json_path)
+    check_writable(json_path)
     from pyrometer.inference.registry import engines as all_engines
 
     from .comparison import gather, judge
@@ -104,14 +71,14 @@ def compare(
     for option, value in (("--engines", engines), ("--learn", learn), ("--seed", seed), ("--device", device)):
         words += [option, value] if value is not None else []
     words += [word for assignment in assignments for word in ("--set", assignment)]
-    with _announcer() as announce:
+    with announcer() as announce:
         steps = judge(
             problem, chosen, learn=learners, seed=seed, device=device, announce=announce, progress=announce.progress,
             every=json_path is not None,
         )  # fmt: skip
-        found, ended = _collect(steps)
+        found, ended = collect(steps)
     comparison = gather(problem, found, seed=seed, command=shlex.join(map(str, words)), complete=ended is None)
-    _deliver(comparison, comparison.to_json, json_path, ended)
+    deliver(comparison, comparison.to_json, json_path, ended)
 
 
 @main.command()
@@ -153,14 +120,14 @@ def square(
 
     With --gaps a second table says where each learner's guide loses its nats.
     """
-    _check_writable(json_path)
-    _check_writable(worst_path, "--worst")
+    check_writable(json_path)
+    check_writable(worst_path, "--worst")
     from .crossing import Plan, run
 
     plan = Plan(model, learn, evaluate, training, with_gaps, family, worst_path, assignments, seed, device)
-    with _announcer() as announce:
-        results = run(plan, announce, announce.progress, _collect)
-    _deliver(results, results.to_json, json_path, results.ended)
+    with announcer() as announce:
+        results = run(plan, announce, announce.progress, collect)
+    deliver(results, results.to_json, json_path, results.ended)
 
 
 @main.command()
@@ -219,8 +186,8 @@ def calibrate(
     Latents and data are drawn from the model, the latents inferred from the data, and the true ones ranked among the
     draws: ranks are uniform if the answer is the posterior. Exit code 1 where it is not, or cannot be told.
     """
-    _check_writable(json_path)
-    _check_writable(picture, "--picture")
+    check_writable(json_path)
+    check_writable(picture, "--picture")
     from .calibrate import calibrate as run
     from .calibrate_report import check_pictures
     from .calibrate_report import picture as draw
@@ -236,13 +203,13 @@ def calibrate(
     words += ["--rounds", rounds, "--seed", seed]
     words += [word for assignment in assignments for word in ("--set", assignment)]
     (method,) = chosen.values()
-    with _announcer() as announce:
+    with announcer() as announce:
         announce(f"calibrating {engine} on {model}")
         found = run(
             problem, method, replicates=replicates, draws=draws, rounds=rounds, seed=seed, progress=announce.progress,
             command=shlex.join(map(str, words)),
         )  # fmt: skip
-    _deliver(found, found.to_json, json_path, None)
+    deliver(found, found.to_json, json_path, None)
     if picture is not None:
         try:
             draw(found, picture)
@@ -263,7 +230,7 @@ def list_(matrix: bool) -> None:
     from pyrometer.inference.registry import engines, learners
     from pyrometer.models import families
 
-    console = _console()
+    shown = console()
     for title, found in (("models", families()), ("engines", engines()), ("learners", learners())):
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
@@ -274,56 +241,21 @@ def list_(matrix: bool) -> None:
             except ValueError as error:  # a plug-in that cannot be imported must not hide the others
                 words = str(error)
             table.add_row(Text("  " + name, style="bold"), Text(" ".join(words.split())))
-        console.print(Text(title, style="bold underline"), table, Text(""), sep="\n")
+        shown.print(Text(title, style="bold underline"), table, Text(""), sep="\n")
 
 
 @main.command()
 def doctor() -> None:
     """Show versions, compiler and device, and check a known answer in a few seconds."""
-    from pyrometer.inference import NUTS, ImportanceSampling, infer
-    from pyrometer.inference.native.toolchain import compiler
-    from pyrometer.models import conjugate_gaussian
+    from .doctor import examined
 
-    from .facts import machine, versions
-
-    found = compiler()
-    problem = conjugate_gaussian.problem(num_data=20)
-    start = time.perf_counter()
-    posterior = infer(problem, ImportanceSampling(proposal="prior", num_samples=2000), seed=0)
-    seconds = time.perf_counter() - start
-    truth = problem.reference_at(posterior.parameters).log_evidence
-    if posterior.log_evidence is None or truth is None:
-        raise click.ClickException(f"self-test: no evidence to compare; {posterior.status}.")
-    value, error = posterior.log_evidence.total()
-    exact = truth.total()[0]
-    # |z| > 4.9 happens by chance once in a million; the error bar must be small as well, or anything passes.
-    passed = abs(value - exact) < 4.9 * error and error < 0.5
-    compiled = infer(problem, NUTS(num_samples=10, warmup_steps=10, num_chains=1), seed=0).cost
-    facts = {**versions(), **machine(), "compiler": f"{found.path} ({found.version})" if found else "none found"}
-    facts["densities"] = f"{compiled.backend} (made in {compiled.compile_seconds:.2f} s)"
-    facts["compiled code"] = _kept()
-    facts["self-test"] = (
-        f"{'passed' if passed else 'FAILED'}: log evidence {value:.3f} +- {error:.3f} by importance sampling, "
-        f"{exact:.3f} exactly ({seconds:.1f} s)"
-    )
+    facts, passed = examined()
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         table.add_row(Text(name, style="bold"), Text(str(fact)))
-    _console().print(table)
+    console().print(table)
     if not passed:
         raise click.ClickException("the self-test failed: numbers from this installation cannot be trusted.")
-
-
-def _kept() -> str:
-    """What the disk cache of compiled densities holds, in words."""
-    from pyrometer.inference.native.toolchain import SIZE_LIMIT, cache_folder, entries
-
-    folder = cache_folder()
-    if folder is None:
-        return "not kept: no folder is this user's alone (PYROMETER_CACHE names one)"
-    kept = entries()
-    size = sum(entry.size for entry in kept)
-    return f"{len(kept)} densities, {size / 2**20:.1f} of {SIZE_LIMIT // 2**20} MB in {folder}"
 
 
 @main.command()
@@ -335,7 +267,9 @@ def cache(clear: bool) -> None:
 
         count, size = delete()
         click.echo(f"deleted {count} compiled densities, {size / 2**20:.1f} MB")
-    click.echo(_kept())
+    from .doctor import kept
+
+    click.echo(kept())
 
 
 @main.command()
@@ -343,7 +277,7 @@ def cache(clear: bool) -> None:
 @json_option
 def demo(seed: int, json_path: Path | None) -> None:
     """A variational autoencoder on handwritten digits, learned in three ways, judged by several engines."""
-    _check_writable(json_path)
+    check_writable(json_path)
     import torch
 
     from .comparison import gather
@@ -351,16 +285,16 @@ def demo(seed: int, json_path: Path | None) -> None:
 
     # The networks are small: a second thread gains a few seconds, and loses minutes where others use the cores.
     torch.set_num_threads(1)
-    with _announcer() as announce:
+    with announcer() as announce:
         fits: dict[str, Any] = {}
         problem, results = steps(seed, announce, announce.progress, fits)
-        found, ended = _collect(results)
+        found, ended = collect(results)
         bracket = None
         if ended is None:
             announce("bracketing the evidence")
             bracket = bracketed(problem, fits, seed)
     comparison = gather(problem, found, seed=seed, command=f"pyrometer demo --seed {seed}", complete=ended is None)
-    _deliver(comparison, comparison.to_json, json_path, ended)
+    deliver(comparison, comparison.to_json, json_path, ended)
     if bracket is not None:
         click.echo("\n" + in_words(bracket))
 
@@ -383,7 +317,7 @@ def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path 
     CASE is a name or the beginning of several, as in svi-step; without one all are run. Every measurement has a
     process of its own, and tools take turns. Peers that are not installed are listed: pip install pyrometer[peers].
     """
-    _check_writable(json_path)
+    check_writable(json_path)
     from .speed.cases import chosen
     from .speed.record import Plan
     from .speed.results import Benchmark
@@ -396,24 +330,9 @@ def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path 
     names, wanted = chosen(cases), tools.split(",") if tools else []
     words = ["pyrometer", "speed", *cases, *(["--tools", tools] if tools else []), "--seed", str(seed)]
     words += [word for key, value in settings.items() if value is not None for word in (f"--{key}", str(value))]
-    measurements, ended = _collect(_watched(steps(names, wanted, plan)))
+    measurements, ended = collect(watched(steps(names, wanted, plan)))
     benchmark = Benchmark(plan, tuple(measurements), command=shlex.join(words), complete=ended is None)
-    _deliver(render(benchmark), benchmark.to_json, json_path, ended)
-
-
-# -- grids ------------------------------------------------------------------------------------------------------------
-
-
-def _listed(convert: Callable[[str], Any], expected: str) -> Callable[..., tuple[Any, ...]]:
-    """Reads an option with commas between its values."""
-
-    def read(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[Any, ...]:
-        try:
-            return tuple(convert(word.strip()) for word in (text or "").split(",") if word.strip())
-        except ValueError:
-            raise click.BadParameter(f"{text!r}: expected {expected} with commas between.") from None
-
-    return read
+    deliver(render(benchmark), benchmark.to_json, json_path, ended)
 
 
 @main.command()
@@ -421,11 +340,11 @@ def _listed(convert: Callable[[str], Any], expected: str) -> Callable[..., tuple
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), default="runs", show_default=True,
               help="The folder of results; what is finished there is not run again.")  # fmt: skip
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Cells at a time.")
-@click.option("--models", callback=_listed(str, "names"), help="Only these, with commas between; likewise:")
-@click.option("--engines", callback=_listed(str, "names"), help="Only these engines.")
-@click.option("--budgets", callback=_listed(float, "numbers"), help="These calls for each cell, not the grid's.")
-@click.option("--seeds", callback=_listed(int, "whole numbers"), help="These seeds, not the grid's.")
-@click.option("--rerun", callback=_listed(str, "states"), help="Run what ended so again: failed,'timed out',done.")
+@click.option("--models", callback=listed(str, "names"), help="Only these, with commas between; likewise:")
+@click.option("--engines", callback=listed(str, "names"), help="Only these engines.")
+@click.option("--budgets", callback=listed(float, "numbers"), help="These calls for each cell, not the grid's.")
+@click.option("--seeds", callback=listed(int, "whole numbers"), help="These seeds, not the grid's.")
+@click.option("--rerun", callback=listed(str, "states"), help="Run what ended so again: failed,'timed out',done.")
 @click.option("--limit", type=click.FloatRange(min=0, min_open=True), default=600, show_default=True,
               help="Seconds for a cell.")  # fmt: skip
 @click.option("--memory", type=click.FloatRange(min=0, min_open=True), default=4096, show_default=True,
@@ -445,7 +364,7 @@ def bench(grid: str, out: Path, **options: Any) -> None:
     from .worker import WorkerError
 
     chosen = selected(named(grid), **{key: options.pop(key) for key in ("models", "engines", "budgets", "seeds")})
-    with _announcer() as announce:
+    with announcer() as announce:
 
         def show(going: Going) -> None:
             wrong = ", ".join(f"{count} {state}" for state, count in going.states.items() if state != "done")
@@ -456,91 +375,7 @@ def bench(grid: str, out: Path, **options: Any) -> None:
             done = run(chosen, out, progress=show, **options)
         except (StoreError, WorkerError) as error:
             raise click.ClickException(str(error)) from error
-    _console().print(done.table())
+    console().print(done.table())
     click.echo(
         f"{len(done.states)} cells in {out}; the page: pyrometer report {shlex.quote(str(out))} --out report.html"
     )
-
-
-# -- helpers ---------------------------------------------------------------------------------------------------------
-
-
-def _console(stderr: bool = False) -> Console:
-    """As wide as the terminal; 120 columns where the output goes to a file or a pipe, which has no width."""
-    console = Console(stderr=stderr)
-    return console if console.is_terminal else Console(stderr=stderr, width=120)
-
-
-class Announcer:
-    """Says on a terminal what is running now and how far it is; without a status line it says nothing."""
-
-    def __init__(self, status: Status | None) -> None:
-        self.status = status
-        self.text = ""
-        self.start = time.perf_counter()
-
-    def __call__(self, text: str) -> None:
-        self.text = text
-        self._show("")
-
-    def progress(self, stage: str, step: int, total: int) -> None:
-        self._show(f": {stage} {step}/{total}")
-
-    def _show(self, detail: str) -> None:
-        if self.status is not None:
-            self.status.update(Text(f"{time.perf_counter() - self.start:.0f} s  {self.text}{detail}"))
-
-
-@contextmanager
-def _announcer() -> Iterator[Announcer]:
-    console = _console(stderr=True)
-    if not console.is_terminal:
-        yield Announcer(None)
-        return
-    with console.status("starting") as status:
-        yield Announcer(status)
-
-
-def _watched(steps: Iterator[Begun | Measurement]) -> Iterator[Measurement]:
-    """The measurements; on stderr a line for each, begun before it and ended with its state and seconds."""
-    from .speed.record import Measurement
-
-    console, start = _console(stderr=True), time.perf_counter()
-    for step in steps:
-        if isinstance(step, Measurement):
-            took = f": {step.state}, {time.perf_counter() - start:.1f} s"
-            console.print(Text(took, style="dim" if step.state == "done" else "red"))
-            yield step
-        else:
-            console.print(Text(str(step), style="dim"), end="")
-            start = time.perf_counter()
-
-
-def _collect(steps: Iterator[T]) -> tuple[list[T], BaseException | None]:
-    """All that could be computed, and what ended it early: Ctrl-C or an error costs no row that was ready."""
-    found: list[T] = []
-    try:
-        found.extend(steps)
-    except (KeyboardInterrupt, Exception) as ended:
-        return found, ended
-    return found, None
-
-
-def _deliver(
-    shown: RenderableType, to_json: Callable[[Path], Any], json_path: Path | None, ended: BaseException | None
-) -> None:
-    """Print and write what was found, and then end as the run did."""
-    _console().print(shown)
-    if json_path is not None:
-        try:
-            to_json(json_path)
-        except OSError as error:
-            raise Mistake(f"--json {json_path}: {error.strerror or error}.") from error
-    if ended is not None:
-        raise ended
-
-
-def _check_writable(path: Path | None, option: str = "--json") -> None:
-    """Found out now, not after minutes of work. Raises Mistake."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise Mistake(f"{option} {path}: there is no folder {path.absolute().parent}; make it first.")

@@ -15,7 +15,6 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -24,30 +23,21 @@ from pathlib import Path
 from typing import Any
 
 from pyrometer.inference.posterior import Cost, Posterior
-from pyrometer.inference.storage import load, save
+from pyrometer.inference.storage import save
 
+from . import reading
 from .cell import Record
 from .facts import plain
+from .reading import DRAWS, RECORD, SCHEMA
 
 try:
     import fcntl
 except ImportError:  # no POSIX: two processes on one folder may then do a cell twice, with the same result
     fcntl = None  # type: ignore[assignment]
 
-SCHEMA = 1
-NAME = re.compile(r"(theta-)?[0-9a-f]{32}")
-OPENING = re.compile(rb'\{"digest": "([0-9a-f]{64})",\n')
-RECORD, DRAWS = "record.json", "draws.nc"
-
 
 class StoreError(Exception):
     """The folder cannot be read or written; the message says which and why."""
-
-
-def whole(content: bytes) -> bool:
-    """Whether a record is as it was written: its first line is the digest of all that follows."""
-    found = OPENING.match(content)
-    return found is not None and hashlib.sha256(content[found.end() :]).hexdigest().encode() == found.group(1)
 
 
 class Store:
@@ -66,17 +56,13 @@ class Store:
 
     def names(self, thetas: bool = False) -> Iterator[str]:
         """The names of all results, in no order: cells', or thetas'."""
-        with self._explained(), os.scandir(self.folder) as entries:
-            for entry in entries:
-                wanted = NAME.fullmatch(entry.name) and entry.name.startswith("theta-") == thetas
-                if wanted and entry.is_dir(follow_symlinks=False):
-                    yield entry.name
+        with self._explained():
+            yield from reading.names(self.folder, thetas)
 
     def records(self) -> Iterator[Record]:
         """Every whole record, one at a time; damaged ones are passed over."""
-        for name in self.names():
-            with contextlib.suppress(ValueError):
-                yield Record.from_plain(self.read(name))
+        with self._explained():
+            yield from reading.records(self.folder)
 
     def index(self) -> Iterator[dict[str, Any]]:
         """What a list of cells needs, for every whole record: key, problem, learner, engine, budget, seed, state,
@@ -91,7 +77,8 @@ class Store:
     def read(self, name: str) -> dict[str, Any]:
         """The record of this name as plain data, its digest checked. Raises ValueError where it is missing or not
         whole, or of another schema."""
-        return self._parsed(name, self._bytes(name, RECORD))
+        self._check_name(name)
+        return reading.read(self.folder, name)
 
     def record(self, key: str) -> Record:
         """The record of a cell. Raises ValueError where it is missing or not whole."""
@@ -99,8 +86,7 @@ class Store:
 
     def draws(self, name: str) -> Posterior:
         """The draws beside a record, the digest in the record checked. Raises ValueError."""
-        self._check_draws(name, self.read(name)["draws"])
-        return load(self.folder / name / DRAWS)
+        return reading.draws(self.folder, name, self.read(name)["draws"])
 
     def state(self, name: str) -> str:
         """How the run of this name ended, both files checked; '' where there is none. What is damaged is set aside."""
@@ -109,7 +95,7 @@ class Store:
         try:
             data = self.read(name)
             if data["draws"]:
-                self._check_draws(name, data["draws"])
+                reading.check_draws(self.folder, name, data["draws"])
             return str(data["row" if "row" in data else "theta"]["status"]["state"])
         except (ValueError, KeyError, TypeError):
             self.set_aside(name)
@@ -127,7 +113,7 @@ class Store:
                 digest = ""
                 if posterior is not None:
                     save(timeless(posterior), unfinished / DRAWS)
-                    digest = _digest(unfinished / DRAWS)
+                    digest = reading.digest_of(unfinished / DRAWS)
                 data = {**plain(record), "draws": digest, "schema": SCHEMA}
                 body = (json.dumps(data, allow_nan=False)[1:] + "\n").encode()
                 opening = f'{{"digest": "{hashlib.sha256(body).hexdigest()}",\n'.encode()
@@ -184,33 +170,10 @@ class Store:
         return self.folder / name
 
     def _check_name(self, name: str) -> None:
-        if not NAME.fullmatch(name):
-            raise StoreError(f"{name!r} is not the name of a result.")
-
-    def _bytes(self, name: str, file: str) -> bytes:
-        self._check_name(name)
-        try:  # plain text: the interpreter remembers the parts of a `Path`, and there may be many
-            handle = os.open(os.path.join(self.folder, name, file), os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0))
-            with open(handle, "rb") as opened:
-                return opened.read()
-        except OSError as error:
-            raise ValueError(f"{name}/{file}: {error.strerror}") from error
-
-    def _parsed(self, name: str, text: bytes) -> dict[str, Any]:
-        if not whole(text):
-            raise ValueError(f"{self.folder / name / RECORD}: not a record, or cut or changed since it was written.")
-        data = json.loads(text)
-        if data["schema"] != SCHEMA:
-            raise ValueError(f"{self.folder / name / RECORD}: of schema {data['schema']}; this version reads {SCHEMA}.")
-        if data.get("key") != name:
-            raise ValueError(f"{self.folder / name / RECORD}: the record of {data.get('key')}, not of this folder.")
-        del data["schema"], data["digest"]
-        return data
-
-    def _check_draws(self, name: str, digest: str) -> None:
-        path = self.folder / name / DRAWS
-        if path.is_symlink() or not path.is_file() or _digest(path) != digest:
-            raise ValueError(f"{path}: missing, or cut or changed since it was written.")
+        try:
+            reading.checked(name)
+        except ValueError as error:
+            raise StoreError(str(error)) from error
 
     def _exchange(self, new: Path, target: Path) -> None:
         """Rename `new` to `target`; what is there is moved away first, and deleted."""
@@ -253,11 +216,6 @@ def _without_times(value: Any) -> Any:
         kept: Callable[[str, Any], bool] = lambda key, item: key not in TIMES or isinstance(item, str)  # noqa: E731
         return {key: _without_times(item) for key, item in value.items() if kept(key, item)}
     return [_without_times(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

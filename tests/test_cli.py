@@ -226,10 +226,10 @@ def test_doctor_checks_a_known_answer():
 def test_doctor_fails_where_the_answer_is_wrong(monkeypatch):
     from dataclasses import replace
 
-    from pyrometer import inference
+    from pyrometer.benchmarks import doctor
     from pyrometer.inference.posterior import Evidence
 
-    real = inference.infer
+    real = doctor.infer
 
     def wrong(*arguments, **more):
         posterior = real(*arguments, **more)
@@ -238,7 +238,7 @@ def test_doctor_fails_where_the_answer_is_wrong(monkeypatch):
             return posterior
         return replace(posterior, log_evidence=Evidence(evidence.value + 0.1, evidence.std_error, "estimate"))
 
-    monkeypatch.setattr(inference, "infer", wrong)
+    monkeypatch.setattr(doctor, "infer", wrong)
     done = run("doctor")
     assert done.exit_code == 1
     assert "FAILED" in done.output

@@ -42,9 +42,9 @@ from pyrometer.benchmarks.page import report
 from pyrometer.benchmarks.page.changes import FALSE_ALARM, changes, welch
 from pyrometer.benchmarks.page.marks import COLOURS, mark
 from pyrometer.benchmarks.page.posteriors import curve, drawn
-from pyrometer.benchmarks.page.records import records
 from pyrometer.benchmarks.page.summary import Interval, summarise
 from pyrometer.benchmarks.page.verdicts import verdict
+from pyrometer.benchmarks.page.write import records
 
 
 class Page(HTMLParser):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ..cell import typed
 from ..gaps import Gaps
+from ..reading import UNREADABLE, parse
 from ..square import Cell, Square
-from .records import UNREADABLE, parse
+from .text import as_text
 
 LARGEST = 2**26  # bytes of a file that is looked into
 
@@ -46,7 +47,7 @@ def crossings(folder: Path, unreadable: dict[str, str]) -> Iterator[Crossed]:
             text = file.read_text(encoding="utf-8")
             if '"learners"' not in text or '"cells"' not in text:
                 continue
-            read = parse(text)
+            read = as_text(parse(text))
             if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
                 continue
             gaps = typed(Gaps, read["gaps"]) if read.get("gaps") is not None else None

@@ -20,8 +20,8 @@ from pyrometer import models
 from pyrometer.inference import Posterior, Problem, ProblemError
 from pyrometer.inference.problem import Reference
 
+from .. import reading
 from ..doubt import Doubtful, as_images, k_hat_known, k_hats, worst_data
-from .records import draws_of
 from .summary import Block, Group
 
 PANELS = 4  # coordinates that are shown
@@ -111,7 +111,7 @@ def drawn(folder: Path, block: Block) -> Drawn:
     for group, seed in chosen:
         entry = next(e for e in group.done if e.seed == seed)
         try:
-            posterior = draws_of(folder, entry.key, entry.draws)
+            posterior = reading.draws(folder, entry.key, entry.draws)
             if not posterior.draws:
                 raise ValueError("no draws are kept")
             if truth is None:

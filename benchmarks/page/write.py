@@ -20,10 +20,11 @@ from pyrometer.inference import ProblemError
 from ..alarms import score
 from ..cell import Record
 from ..facts import plain
+from ..reading import records as read_records
 from .changes import Changes, changes
 from .crossings import crossings
-from .records import records
 from .summary import Group, Interval, Summary, better, entry_of, summarise
+from .text import as_text
 from .verdicts import ENOUGH, verdict
 
 NEEDED = ("jinja2", "matplotlib")
@@ -65,6 +66,11 @@ def report(runs: str | Path, out: str | Path, *, against: str | Path | None = No
     files = _downloads(runs, out, summary, found)
     _write(out, lambda file: file.write(_html(runs, out, summary, found, against, files, command)))
     return Written(out, tuple(files), summary.cells, unreadable)
+
+
+def records(folder: Path, unreadable: dict[str, str] | None = None) -> Iterator[Record]:
+    """The records of the folder as they may be shown."""
+    return read_records(folder, unreadable, as_text)
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------
