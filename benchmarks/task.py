@@ -21,8 +21,9 @@ from pyrometer.inference import Fit, Posterior, Problem, ProblemError, Reference
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 
-from . import alarms, distances, metrics, scores
+from . import alarms, brackets, distances, metrics, scores
 from .alarms import figures_of
+from .brackets import bracketed
 from .cell import Cell, Record, typed
 from .comparison import PerDatum, Row, Theta, judged, learned
 from .facts import machine, plain, versions
@@ -161,6 +162,7 @@ def _run(task: Task, store: Store) -> tuple[Record, Posterior | None]:
         log_evidence=PerDatum.of(reference.log_evidence),
     )
     posterior = _within(problem, engine, cell, parameters)
+    posterior = bracketed(posterior, problem, engine, reference, parameters, row_seed(_seed(cell), "bracket"))
     row = Row(cell.learner, cell.engine, plain(posterior.engine_options) or settings(engine), _seed(cell))
     row = judged(row, posterior, reference, every=True)
     record = Record(cell, task.name, theta, row, figures_of(posterior), versions=versions(), machine=machine())
@@ -273,7 +275,7 @@ def _surroundings() -> tuple[str, ...]:
     code = hashlib.sha256()
     for path in [
         *sorted(folder.rglob("*.py")),
-        *(Path(inspect.getfile(m)) for m in (alarms, distances, metrics, scores)),
+        *(Path(inspect.getfile(m)) for m in (alarms, brackets, distances, metrics, scores)),
     ]:
         code.update(path.read_bytes())
     return json.dumps(versions(), sort_keys=True), code.hexdigest()

@@ -241,7 +241,15 @@ def _evidence_row(axes: Axes, place: int, name: str, group: Group, value: Interv
             "", xy=(value.mean, place), xytext=(step, 0), textcoords="offset points",
             arrowprops={"arrowstyle": "<-", "color": style.colour, "lw": 1.4},
         )  # fmt: skip
-    return f"{name}: {value.mean:.4g}" + (f", a {kind}" if "bound" in kind else "")
+    words = f"{name}: {value.mean:.4g}" + (f", a {kind}" if "bound" in kind else "")
+    own, above = group.evidence(), group.above()
+    if own is None or above is None or not math.isfinite(above.mean):
+        return words
+    end = value.mean + above.mean - own.mean
+    axes.plot([value.mean, end], [place - 0.28] * 2, color=style.colour, lw=1.4)
+    for x in (value.mean, end):
+        axes.plot([x, x], [place - 0.28, place - 0.14], color=style.colour, lw=1.4)
+    return f"{words}, bracketed from above {above.mean - own.mean:.2g} further up"
 
 
 # -- draws ------------------------------------------------------------------------------------------------------------

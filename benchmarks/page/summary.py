@@ -167,6 +167,14 @@ class Group:
     def evidence_error(self) -> Interval | None:
         return Interval.of(error for e in self.done if (error := e.evidence_error) is not None)
 
+    def above(self) -> Interval | None:
+        """The upper bound of the log evidence of the same data, where the engine has one beside its estimate."""
+        return Interval.of(
+            e.evidence.refined.value
+            for e in self.done
+            if e.evidence and e.evidence.refined and e.evidence.refined.kind == "upper bound"
+        )
+
     def claimed(self) -> float | None:
         """The standard error that the engine itself gives its evidence, the mean over seeds."""
         errors = Interval.of(e.evidence.std_error for e in self.done if e.evidence)

@@ -150,6 +150,9 @@ def _evidence(group: Group) -> dict[str, str]:
         of_seeds = number(error)
         sign = "+" if error.mean >= 0 else "\u2212"
         more = f"truth {sign} {short(abs(error.mean))} {of_seeds['interval']}".strip()
+    above = group.above()
+    if above is not None:
+        more = ", ".join(filter(None, (more, f"upper bound {short(above.mean - value.mean)} above")))
     return {**cell, "interval": "", "more": more}
 
 

@@ -96,6 +96,23 @@ class AnnealedImportance:
             figures={"acceptance": acceptance},
         )
 
+    def both_sides(self, density: Density, exact: Mapping[str, Tensor], run: Run) -> tuple[Evidence, Evidence]:
+        """The log evidence from below and, by chains that run backwards from `exact` draws of the posterior, site ->
+        (n, *batch, *event), from above; each backward chain begins at one of them, in turn. Raises `EngineError` where
+        a weight is undefined."""
+        bound, u, tuning = self.prepared(density, run)
+        forward = self.chains(bound, tuning, u, seed_of(run, 1), run)[1]
+        ends = density.unconstrain(exact)  # (n, *batch, D)
+        u = ends[torch.arange(self.num_samples) % len(ends)].reshape(-1, density.dim)
+        backward = self.chains(bound, tuning, u, seed_of(run, 5), run, reverse=True)[1]
+        batch = tuple(density.batch_shape)
+        lower, inverse = (
+            evidence_from_weights(w.reshape(-1, *batch).cpu(), "lower bound") for w in (forward, backward)
+        )
+        if not bool((lower.value.isfinite() & inverse.value.isfinite()).all()):
+            raise EngineError("a chain of the bracket has no finite weight")
+        return lower, Evidence(-inverse.value, inverse.std_error, "upper bound")
+
     def prepared(self, density: Density, run: Run) -> tuple[Bound, Tensor, Tuning]:
         """The kernel bound to all lanes, where the chains start (total, D), and the frozen tuning."""
         parts, draw = begin(density, choose(density, self.start))
@@ -250,21 +267,11 @@ def bracket(
         other = Density(simulated)
         other.set_parameters(theta)
         with other:
-            run = Run(other, root).child(2)
-            bound, u, tuning = method.prepared(other, run)
-            forward = method.chains(bound, tuning, u, seed_of(run, 1), run)[1]
-            exact = other.unconstrain({n: v[None] for n, v in latents.items()})  # (1, *batch, D)
-            u = exact.expand(method.num_samples, *exact.shape[1:]).reshape(-1, other.dim)
-            backward = method.chains(bound, tuning, u, seed_of(run, 5), run, reverse=True)[1]
-            batch = tuple(other.batch_shape)
+            exact = {name: value[None] for name, value in latents.items()}
+            lower, upper = method.both_sides(other, exact, Run(other, root).child(2))
     assert own is not None
-    lower = evidence_from_weights(forward.reshape(-1, *batch).cpu(), "lower bound")
-    inverse = evidence_from_weights(backward.reshape(-1, *batch).cpu(), "lower bound")
-    if not bool((lower.value.isfinite() & inverse.value.isfinite()).all()):
-        raise EngineError("a chain of the bracket has no finite weight")
     note = (
-        f"the bracket is of {max(1, math.prod(batch))} data simulated from the model at theta; of the problem's own "
+        f"the bracket is of {max(1, lower.value.numel())} data simulated from the model at theta; of the problem's own "
         "data only the lower bound is known"
     )
-    upper = Evidence(-inverse.value, inverse.std_error, "upper bound")
     return Bracket(lower, upper, simulated, Evidence(own.value, own.std_error, "lower bound"), note)
