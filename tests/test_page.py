@@ -566,6 +566,28 @@ def test_a_square_and_its_gaps_are_shown_with_their_numbers(tmp_path):
     assert "other.json" not in page.raw
 
 
+def test_learners_of_a_grid_have_a_heat_map_of_its_own_runs(tmp_path):
+    """At the largest budget, the mean over seeds; a dash where an engine has no evidence; the best of a column is said,
+    and what a square would add."""
+    of = {"learner": "em", "model": "vae"}
+    found = [made("smc", seed, evidence=-3.0 - seed, calls=9000.0, **of) for seed in range(2)]
+    found += [made("smc", 0, evidence=-99.0, calls=10.0, **of), made("nuts", 0, evidence=None, **of)]
+    found += [made("smc", 0, evidence=-2.5, **{**of, "learner": "svi"})]
+    found += [made("is", 0, evidence=-2.75, level="bad", **{**of, "learner": "svi"})]
+    page = Page(report(put(tmp_path / "runs", *found), tmp_path / "r.html").page)
+    rows = next(rows for name, rows in page.rows.items() if name.startswith("m-learned"))
+    assert [text for text, _ in rows[0]] == ["theta by", "is", "smc"]
+    em, svi = rows[1:]
+    assert [row[0][0] for row in (em, svi)] == ["em", "svi"]
+    assert em[1] == ("\u2013", "")
+    assert em[2] == ("-3.500 \u00b1 0.010-1", "-3.5")
+    assert svi[1] == ("-2.750 \u00b1 0.010besttrust: bad", "-2.75")
+    assert svi[2] == ("-2.500 \u00b1 0.010best", "-2.5")
+    assert "pyrometer square vae --learn em,svi --gaps --json RUNS/square.json" in html.unescape(page.raw)
+    alone = Page(report(put(tmp_path / "one", *found[:2]), tmp_path / "o.html").page)
+    assert not any(name.startswith("m-learned") for name in alone.rows)
+
+
 # -- changes ----------------------------------------------------------------------------------------------------------
 
 

@@ -13,12 +13,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..gaps import NAMES
 from ..report import count, seconds, state, style_of, with_error
 from . import figures
 from .changes import FALSE_ALARM, Changes
 from .commands import command
-from .crossings import Crossed
 from .posteriors import Drawn, drawn
 from .summary import LEVELS, Block, Entry, Group, Interval, budget_order, in_table
 from .verdicts import ends, short, time, verdict
@@ -262,62 +260,6 @@ def _failures(block: Block) -> list[dict[str, Any]]:
 
 
 # -- beside the problems ----------------------------------------------------------------------------------------------
-
-
-def crossing_view(crossed: Crossed) -> dict[str, Any]:
-    """The heat map of one square, and its gaps."""
-    square = crossed.square
-    rows, reasons = [], []
-    for learner in square.learners:
-        cells = []
-        for name in square.evaluators:
-            cell = next((c for c in square.cells if (c.learner, c.evaluator) == (learner.learner, name)), None)
-            if cell is None or cell.value is None or cell.std_error is None:
-                words = state(cell.status.state) if cell else "not run"
-                cells.append({"text": "\u2013", "value": "", "shade": 0, "more": words, "words": ""})
-                if cell is not None and cell.status.reason:
-                    reasons.append(f"{learner.learner} by {name}: {cell.status.reason}")
-                continue
-            sign = {"lower bound": "\u2265 ", "upper bound": "\u2264 "}.get(cell.kind, "")
-            d = cell.difference
-            best = d is not None and d.to == cell.learner
-            more = "best" if best else f"{d.value:.3g} \u00b1 {d.data_error or d.std_error:.2g}" if d else ""
-            cells.append({
-                "text": sign + with_error(cell.value, cell.std_error, STYLE),
-                "value": repr(cell.value),
-                "shade": f"{0.32 * crossed.shade(cell):.3f}",
-                "more": more,
-                "words": "" if cell.level == "good" else f"trust: {cell.level}",
-            })  # fmt: skip
-        rows.append({"learner": learner.learner, "cells": cells})
-    gaps = crossed.gaps
-    with_gaps = (
-        [(row.learner, {k: {"value": g.value} for k, g in row.gaps.items()}) for row in gaps.rows] if gaps else []
-    )
-    return {
-        "id": identity("square", crossed.file),
-        "title": f"{square.problem.get('name', crossed.file)}, {square.judged} data",
-        "evaluators": square.evaluators,
-        "rows": rows,
-        "reasons": reasons,
-        "command": square.command,
-        "gaps": figures.gaps(with_gaps),
-        "gap_names": NAMES,
-        "gap_words": f"{gaps.evaluator}, family {gaps.family}, {gaps.judged} data." if gaps else "",
-        "gap_rows": [
-            {
-                "learner": row.learner,
-                "gaps": [
-                    with_error(g.value, g.std_error, STYLE) if (g := row.gaps.get(name)) else "\u2013" for name in NAMES
-                ],
-                "light": row.level if row.status.done else "failed",
-                "notes": "; ".join(filter(None, (row.status.reason, *row.notes))),
-            }
-            for row in gaps.rows
-        ]
-        if gaps
-        else [],
-    }
 
 
 def changes_view(found: Changes, against: str) -> dict[str, Any]:

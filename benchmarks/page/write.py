@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import quote
@@ -23,7 +24,7 @@ from ..facts import plain
 from ..reading import records as read_records
 from .changes import Changes, changes
 from .crossings import crossings
-from .summary import Group, Interval, Summary, better, entry_of, summarise
+from .summary import Block, Group, Interval, Summary, better, entry_of, summarise
 from .text import as_text
 from .verdicts import ENOUGH, verdict
 
@@ -82,8 +83,9 @@ def _html(
     import jinja2
     import markupsafe
 
+    from .heat import crossing_view, learned_view
     from .marks import mark
-    from .view import Environments, block_view, changes_view, crossing_view
+    from .view import Environments, block_view, changes_view
 
     environments = Environments()
     blocks = [block_view(runs, block, environments) for block in summary.blocks]
@@ -93,7 +95,10 @@ def _html(
         "blocks": blocks,
         "downloads": [{"name": f.name, "href": quote(f.name), "words": words} for f, words in files.items()],
         "changes": changes_view(found, Path(against).name) if found is not None else None,
-        "crossings": [crossing_view(crossed) for crossed in crossings(runs, summary.unreadable)],
+        "crossings": [
+            *(view for same in _by_problem(summary) if (view := learned_view(same))),
+            *(crossing_view(crossed) for crossed in crossings(runs, summary.unreadable)),
+        ],
         "alarms": _alarms(runs),
         "environments": environments.view(),
         "unreadable": sorted(summary.unreadable.items()),
@@ -114,6 +119,11 @@ def _html(
         mark=mark,
         hints={m: f"{better(m)} is better" if better(m) else "" for block in summary.blocks for m in block.metrics},
     )
+
+
+def _by_problem(summary: Summary) -> Iterator[list[Block]]:
+    for _, same in groupby(summary.blocks, key=lambda block: block.problem):
+        yield list(same)
 
 
 def _alarms(runs: Path) -> dict[str, Any] | None:
