@@ -48,6 +48,7 @@ def crossing_view(crossed: Crossed) -> dict[str, Any]:
     return {
         "id": identity("square", crossed.file),
         "title": f"{square.problem.get('name', crossed.file)}, {square.judged} data",
+        "paired": True,
         "evaluators": square.evaluators,
         "rows": rows,
         "reasons": reasons,
@@ -119,6 +120,7 @@ def learned_view(blocks: list[Block]) -> dict[str, Any] | None:
     return {
         "id": identity("learned", cell.problem),
         "title": f"{cell.problem}, training data",
+        "paired": False,
         "evaluators": evaluators,
         "rows": [{"learner": learner, "cells": cells} for learner, cells in rows.items()],
         "reasons": ["By the data that were learned from. Held-out data, and where the nats go: the command below."],

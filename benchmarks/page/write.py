@@ -92,6 +92,8 @@ def _html(
     page = {
         "cells": summary.cells,
         "engines": summary.engines,
+        "problems": len({block.problem for block in summary.blocks}),
+        "learners": len({block.learner for block in summary.blocks if block.learner}),
         "blocks": blocks,
         "downloads": [{"name": f.name, "href": quote(f.name), "words": words} for f, words in files.items()],
         "changes": changes_view(found, Path(against).name) if found is not None else None,
