@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 BACKENDS = ("process", "in-process", "loky", "dask", "ray")
 RERUN = ("failed", "timed out", "unsupported", "done")
 LIMIT, MEMORY = 600.0, 4096.0  # seconds and MB for each cell
+CONNECT = 20  # seconds for a cluster to answer
 BUSY = "busy"  # another process is at this cell
 
 Progress = Callable[["Going"], None]
@@ -288,23 +289,36 @@ def _remote(place: int, task: Task, folder: str, limit: float, memory: float) ->
 
 @contextlib.contextmanager
 def _cluster(backend: str, address: str | None) -> Iterator[str]:
-    """Connected to the cluster, if it is one; the name that joblib knows the back end by."""
+    """Connected to the cluster, if it is one; the name that joblib knows the back end by. Raises ProblemError where no
+    cluster answers."""
     if backend == "dask":
-        client = _needed("distributed", "dask").Client(address) if address else _needed("distributed", "dask").Client(
-            processes=True, threads_per_worker=1, n_workers=os.cpu_count(), dashboard_address=None
-        )  # fmt: skip
+        here: dict[str, Any] = {"n_workers": os.cpu_count(), "threads_per_worker": 1, "dashboard_address": None}
+        connect = _needed("distributed", "dask").Client
+        with _answering(address):
+            client = connect(address, timeout=CONNECT) if address else connect(processes=True, **here)
         with client:
             yield "dask"
     elif backend == "ray":
         ray = _needed("ray", "ray")
         _needed("ray.util.joblib", "ray").register_ray()
-        ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
+        with _answering(address):
+            ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, configure_logging=False)
         try:
             yield "ray"
         finally:
             ray.shutdown()
     else:
         yield backend
+
+
+@contextlib.contextmanager
+def _answering(address: str | None) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:  # of both: time-outs and refused connections are OSErrors
+        if address is None:
+            raise
+        raise ProblemError(f"address={address!r}: no cluster answers there: {error}") from error
 
 
 def _needed(module: str, package: str) -> Any:

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pyro
@@ -671,6 +672,16 @@ def test_the_command_runs_a_grid_is_quiet_and_says_what_came_of_it(tmp_path):
         mistake = CliRunner().invoke(main, ["bench", "smoke", "--out", str(out), *wrong])
         assert mistake.exit_code == 2
         assert near in mistake.output
+
+
+def test_a_cluster_that_does_not_answer_is_a_mistake_in_one_line(tmp_path, monkeypatch):
+    def refuse(address, timeout):
+        assert timeout <= 60
+        raise OSError(f"Timed out trying to connect to {address}")
+
+    monkeypatch.setitem(sys.modules, "distributed", SimpleNamespace(Client=refuse))
+    with pytest.raises(ProblemError, match="no cluster answers there: Timed out"):
+        bench(small(), tmp_path, backend="dask", address="tcp://127.0.0.1:1")
 
 
 def test_an_absent_cluster_package_is_named(tmp_path, monkeypatch):
