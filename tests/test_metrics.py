@@ -594,3 +594,15 @@ def test_listed_values_of_several_latents_are_judged_by_moments(family):
     site = next(iter(truth.mean))
     turned = replace(posterior, draws={**posterior.draws, site: posterior.draws[site].amax() - posterior.draws[site]})
     assert measure(turned, truth)["error of means"].largest > 0.1
+
+
+def test_modes_are_found_once_for_a_truth_and_are_not_shared():
+    """What is kept belongs to these very draws, and whoever changes the answer changes no other's."""
+    torch.manual_seed(0)
+    y = torch.cat([torch.randn(50, 1).double() * 0.1 - 2, torch.randn(50, 1).double() * 0.1 + 2])
+    w = torch.full((100,), 0.01, dtype=torch.float64)
+    first = modes(y, w)
+    assert len(first.unique()) == 2
+    first += 7
+    assert set(modes(y, w).tolist()) == {0, 1}
+    assert len(modes(y[:50], w[:50] * 2).unique()) == 1

@@ -24,7 +24,7 @@ import torch
 from click.testing import CliRunner
 
 from pyrometer.benchmarks.cli import main
-from pyrometer.benchmarks.comparison import Row, Theta
+from pyrometer.benchmarks.comparison import PerDatum, Row, Theta
 from pyrometer.benchmarks.facts import plain
 from pyrometer.benchmarks.gaps import Gap, Gaps, Losses
 from pyrometer.benchmarks.square import Cell as SquareCell
@@ -228,6 +228,20 @@ def test_errors_without_an_alarm_and_latents_far_out_are_said():
     assert "No alarm" not in said(*ladder("svi", (0.31, 0.32, 0.30), level="bad"))
     assert "z[1] the error of means is 2.5 sd" in said(*ladder("nuts", (0.05, 0.05, 0.05), largest=2.5))
     assert "z[1] the error of means is nan sd" in said(*ladder("nuts", (0.05, 0.05, 0.05), largest=math.nan))
+
+
+def test_an_engine_that_is_right_and_doubts_itself_is_said():
+    assert "Its own diagnosis there is 'bad'" in said(*ladder("nuts", (0.05, 0.05, 0.05), level="bad"))
+    assert "Its own diagnosis" not in said(*ladder("nuts", (0.05, 0.05, 0.05)))
+
+
+def test_an_upper_bound_beside_the_evidence_is_drawn_and_told(tmp_path):
+    record = made(evidence=-3.2)
+    evidence = dataclasses.replace(record.row.log_evidence, refined=PerDatum(-2.95, 0.01, "upper bound", 1))
+    record = dataclasses.replace(record, row=dataclasses.replace(record.row, log_evidence=evidence))
+    page = Page(report(put(tmp_path / "runs", record), tmp_path / "r.html").page)
+    assert any("svi: -0.2, bracketed from above 0.25 further up" in image["alt"] for image in page.images)
+    assert "upper bound 0.25 above" in page.raw
 
 
 def test_one_seed_and_no_answer_are_said():
