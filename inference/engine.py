@@ -27,8 +27,8 @@ from .registry import as_engine
 from .settings import options
 
 if TYPE_CHECKING:
+    from .chain_sums import Marginals
     from .learn import Fit
-    from .markov import Marginals
 
 
 T = TypeVar("T")

@@ -110,10 +110,9 @@ class Group:
         self.root = self._merged(members, {})
 
     def __call__(self) -> Tensor:
-        """The results at the parameters as they are now, (members, *shape)."""
+        """The results at the parameters as they are now, (members, *shape); one row where all are the same."""
         if not self.stacked:
-            value = self._made(self.root, (), {})
-            return value.expand(len(self.numbers), *value.shape)
+            return self._made(self.root, (), {})[None]
         return torch.func.vmap(lambda *rows: self._made(self.root, rows, {}))(*self.stacked)
 
     def _merged(self, values: list[Any], seen: dict[Any, Any]) -> Any:

@@ -13,9 +13,10 @@ from typing import ClassVar, Self
 
 import torch
 
+from ..chain_sums import marginals, native, sampled
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain, seed_all
-from ..markov import Chain, NotAChain, marginals, sampled
+from ..markov import Chain, NotAChain
 from ..posterior import Evidence
 from ..settings import settings
 
@@ -43,18 +44,28 @@ class ForwardBackward:
     def expect(self, density: Density, run: Run) -> Draws:
         """The marginals and the evidence alone, without draws: what an exact M-step needs."""
         batch = tuple(density.batch_shape)
-        found, total = marginals(_chain(density).factors(), batch)
+        factors = _chain(density).factors(often=True)
+        code, why_not = native(factors)
+        found, total = marginals(factors, batch, code)
         _check(total)
-        return Draws({}, "iid", log_evidence=Evidence(total.cpu(), torch.zeros(()), "exact"), marginals=found)
+        evidence = Evidence(total.cpu(), torch.zeros(()), "exact")
+        return Draws({}, "iid", log_evidence=evidence, marginals=found, notes=(why_not,) if why_not else ())
 
     def run(self, density: Density, run: Run) -> Draws:
         seed_all(run.child(0).seed)
         chain = _chain(density)
-        paths, total = sampled(chain.factors(), self.num_samples)
+        factors = chain.factors()
+        code, why_not = native(factors)
+        paths, total = sampled(factors, self.num_samples, code)
         _check(total)
         evidence = total.reshape(density.batch_shape).cpu()
         values = density.complete(chain.values(paths))
-        return Draws(as_chain(values), "iid", log_evidence=Evidence(evidence, torch.zeros(()), "exact"))
+        return Draws(
+            as_chain(values),
+            "iid",
+            log_evidence=Evidence(evidence, torch.zeros(()), "exact"),
+            notes=(why_not,) if why_not else (),
+        )
 
 
 def _chain(density: Density) -> Chain:
