@@ -260,7 +260,9 @@ class Unobserved(Messenger):
 # In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place. Of a
 # binomial's arguments vmap wants both batched.
 _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
-    Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: torch.randn_like(t) * std + mean,
+    Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: (
+        torch.randn_like(t) if (mean, std) == (0.0, 1.0) else torch.randn_like(t) * std + mean
+    ),
     Tensor.uniform_: lambda t, low=0.0, to=1.0, **_: torch.rand_like(t) * (to - low) + low,
     Tensor.exponential_: lambda t, lambd=1.0, **_: -torch.log1p(-torch.rand_like(t)) / lambd,
     Tensor.clamp_: lambda t, *args, **kwargs: t.copy_(t.clamp(*args, **kwargs)),  # in effect still in place

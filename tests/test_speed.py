@@ -25,7 +25,17 @@ from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.speed import cases, results, run, tools, worker
 from pyrometer.benchmarks.speed.agreement import disagreements
 from pyrometer.benchmarks.speed.cases import _vae
-from pyrometer.benchmarks.speed.record import Draws, Estimate, Measurement, Plan, Steps, Timing, Weights, together
+from pyrometer.benchmarks.speed.record import (
+    Draws,
+    Estimate,
+    Kept,
+    Measurement,
+    Plan,
+    Steps,
+    Timing,
+    Weights,
+    together,
+)
 from pyrometer.benchmarks.speed.table import render
 from pyrometer.benchmarks.speed.tools import Prepared, Tool
 from pyrometer.inference import ProblemError, statistics
@@ -254,6 +264,75 @@ def test_every_tool_takes_the_same_em_steps(tool, monkeypatch):
     assert answer.loss == pytest.approx(-problem.reference_at(theta).log_evidence.total()[0] / 2000, rel=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", installed("chain"))
+def test_every_tool_takes_the_same_steps_of_baum_welch(tool, monkeypatch):
+    """The likelihood after three steps from equal starts, to rounding; against the steps written out here in numpy."""
+    case = cases.load("baum-welch")
+    monkeypatch.setattr(case, "ROWS", 200)
+    monkeypatch.setattr(case, "NUM_STEPS", 3)
+    start = case.start()
+    x, initial, move = start["x"][:, 0], start["initial"], start["transition"]
+    loc, scale = start["locs"][:, 0], start["scales"][:, 0]
+    for step in range(4):
+        e = np.exp(-0.5 * ((x[:, None] - loc) / scale) ** 2) / scale / math.sqrt(2 * math.pi)
+        a, b, size = [initial * e[0]], [np.ones(5)], [1.0]
+        for t in range(1, 200):
+            size.append(a[-1].sum())
+            a.append((a[-1] / size[-1]) @ move * e[t])
+            after = e[200 - t] * b[-1]
+            b.append(move @ after / after.sum())
+        log_likelihood = np.log(size[1:]).sum() + math.log(a[-1].sum())
+        if step == 3:
+            break
+        a, b = np.array(a), np.array(b[::-1])
+        single = a * b / (a * b).sum(1, keepdims=True)
+        pairs = a[:-1, :, None] * move * (e * b)[1:, None]
+        pairs = (pairs / pairs.sum((1, 2), keepdims=True)).sum(0)
+        initial, move = single[0], pairs / pairs.sum(1, keepdims=True)
+        loc = single.T @ x / single.sum(0)
+        scale = np.sqrt((single * (x[:, None] - loc) ** 2).sum(0) / single.sum(0))
+    answer = tool.prepare(case, Plan()).called(3)
+    assert answer.count == 3
+    assert answer.loss == pytest.approx(-log_likelihood / 200, rel=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", installed("abc"))
+def test_every_tool_finds_the_posterior_by_simulation(tool, monkeypatch):
+    """Within 0.3 sd in mean and width, 6 standard errors of 400 draws; the prior is 1.2 sds away and 2.2 times as wide,
+    and pyABC's few simulations bring it half the way."""
+    case = cases.load("abc")
+    monkeypatch.setattr(case, "NUM_SIMULATIONS", 300_000)
+    monkeypatch.setattr(case, "NUM_SAMPLES", 400)
+    answer = tool.prepare(case, Plan()).called(3)
+    found = worker.judged(case, answer).estimates
+    assert answer.count == 300_000 or tool.name == "pyabc"
+    assert answer.draws.shape == (len(answer.draws), 4)
+    assert found["mean off"].value < (0.8 if tool.name == "pyabc" else 0.3)
+    assert found["sd ratio"].value == pytest.approx(1.0, abs=0.9 if tool.name == "pyabc" else 0.3)
+
+
+def test_the_exact_posterior_of_the_case_by_simulation():
+    """Against importance weights on a grid of one coordinate, of which all are alike."""
+    case = cases.load("abc")
+    mean, sd = case.posterior(case.data())
+    theta = np.linspace(-6, 6, 20_001)
+    for k, x in enumerate(case.data()["x"]):
+        weight = np.exp(-0.5 * theta**2 - 0.5 * ((x - theta) / case.NOISE) ** 2)
+        weight /= weight.sum()
+        assert mean[k] == pytest.approx(weight @ theta, abs=1e-9)
+        assert sd[k] == pytest.approx(math.sqrt(weight @ theta**2 - mean[k] ** 2), rel=1e-9)
+    judged = worker.judged(case, Kept(7, np.stack([mean - sd, mean + 2 * sd]), np.array([2 / 3, 1 / 3])))
+    assert judged.work == 7
+    assert judged.estimates["mean off"].value == pytest.approx(0, abs=1e-12)
+    assert judged.estimates["sd ratio"].value == pytest.approx(math.sqrt(2))
+    judged = worker.judged(case, Kept(7, np.stack([mean, mean + sd])))
+    assert judged.estimates["mean off"].value == pytest.approx(0.5)
+    with pytest.raises(ValueError, match="not all finite"):
+        worker.judged(case, Kept(7, np.full((3, 4), np.nan)))
+
+
 @pytest.mark.parametrize("tool", installed("importance"))
 def test_every_tool_weighs_the_same_prior_by_the_same_likelihood(tool, monkeypatch):
     """Against the exact evidence: |z| > 4.9 in one seed of a million; the error is 0.02, so 0.1 nat is seen."""
@@ -476,7 +555,7 @@ def three_tools(monkeypatch):
     """Three tools of every kind: ours, a peer, and one whose library nobody has."""
     made = [
         Tool(name, kind, {library: library}, "float64", lambda case, plan: None)
-        for kind in ("posterior", "per-datum", "gibbs", "svi", "importance", "mixture")
+        for kind in ("posterior", "per-datum", "gibbs", "svi", "importance", "mixture", "chain", "abc")
         for name, library in ((tools.OURS, "torch"), ("peer-fast", "numpy"), ("absent", "no-such-library"))
     ]
     monkeypatch.setattr(tools, "tools", lambda: made)
@@ -653,6 +732,8 @@ def test_a_tool_that_failed_in_a_later_round_keeps_its_figures_and_says_so():
         ("svi-step-64", {"loss": Estimate(21.4567, 0.0)}, ["steps/s", "loss", "21.457"]),
         ("importance", {"log evidence": Estimate(-31.0, 0.5)}, ["draws/s", "|z|", "exact value"]),
         ("em-mixture", {"loss": Estimate(13.2567, 0.0)}, ["steps/s", "loss", "13.257"]),
+        ("baum-welch", {"loss": Estimate(1.8567, 0.0)}, ["steps/s", "loss", "1.857"]),
+        ("abc", {"mean off": Estimate(0.0312, 0.0), "sd ratio": Estimate(1.0451, 0.0)}, ["sims/s", "0.031", "1.045"]),
     ],
 )
 def test_other_kinds_have_their_own_columns(case, answer, words):
@@ -712,7 +793,9 @@ def test_every_case_has_what_its_kind_needs_and_we_are_timed_on_it(name):
         "gibbs": "data problem numpyro_model SHAPES identified",
         "svi": "SIZE",
         "importance": "data problem NUM_DRAWS truth",
-        "mixture": "problem start NUM_STEPS",
+        "mixture": "problem start NUM_STEPS ROWS",
+        "chain": "problem start NUM_STEPS ROWS",
+        "abc": "data problem posterior DIM NOISE NUM_SIMULATIONS NUM_SAMPLES",
     }[case.KIND]
     for part in needs.split():
         assert hasattr(case, part), part
@@ -729,7 +812,8 @@ def test_the_peers_are_all_there():
         assert {(f"numpyro-{method}", "posterior"), (f"numpyro-{method}-x64", "posterior")} <= names
     assert {(n, "posterior") for n in ("pyro", "pymc", "pymc-nutpie", "blackjax-parallel")} <= names
     assert {(n, "svi") for n in ("pyro", "torch-eager", "torch-compiled", "numpyro-step", "numpyro-scan")} <= names
-    assert ("scikit-learn", "mixture") in names
+    assert {("scikit-learn", "mixture"), ("hmmlearn", "chain")} <= names
+    assert {(n, "abc") for n in ("sbi", "sbi-regression", "pyabc")} <= names
     assert {(n, "importance") for n in ("pyro", "torch-eager", "jax-jit")} <= names
 
 

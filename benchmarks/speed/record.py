@@ -69,7 +69,19 @@ class Weights:
     note: str = ""
 
 
-Answer = Draws | Steps | Weights
+@dataclass(frozen=True)
+class Kept:
+    """`count` simulations, and the draws of one posterior that were kept of them, (S, D), with weights that sum to one;
+    None: equal ones."""
+
+    count: int
+    draws: np.ndarray
+    weights: np.ndarray | None = None
+    seconds: float | None = None
+    note: str = ""
+
+
+Answer = Draws | Steps | Weights | Kept
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ def together(parts: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed answer: its seconds, and the work done in them (effective draws, steps or weighted draws)."""
+    """One timed answer: its seconds, and the work in them: effective draws, steps, weighted draws or simulations."""
 
     seconds: float
     work: float

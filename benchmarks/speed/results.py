@@ -20,8 +20,10 @@ UNITS = {
     "svi": "steps/s",
     "importance": "draws/s",
     "mixture": "steps/s",
+    "chain": "steps/s",
+    "abc": "sims/s",
 }
-FITS = ("svi", "mixture")  # agree on a loss, not on moments
+FITS = ("svi", "mixture", "chain")  # agree on a loss, not on moments
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Row:
     warm, least   seconds of the work alone, median and smallest
     called        of a call as a user makes it again in one process, with what it compiles again
     cold, cached  of the first call in a new process, with caches on disk empty or filled
-    work          effective draws, steps or weighted draws in one answer
+    work          effective draws, steps, weighted draws or simulations in one answer
+    off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one
     """
 
     tool: str
@@ -54,6 +57,8 @@ class Row:
     r_hat: float | None = None
     warmup: int | None = None
     loss: float | None = None
+    off: float | None = None
+    width: float | None = None
     note: str = ""
     disagreement: Disagreement | None = None
 
@@ -105,9 +110,9 @@ def rows_of(case: ModuleType, measurements: Sequence[Measurement]) -> list[Row]:
     done = {tool: [m for m in group if m.state == "done"] for tool, group in by_tool.items()}
     rates = {tool: _median(t.rate for m in group for t in m.warm) for tool, group in done.items()}
     estimates = {tool: together([m.estimates for m in group]) for tool, group in done.items() if group}
-    is_fit = case.KIND in FITS
+    judged_apart = case.KIND in FITS or case.KIND == "abc"  # whose answers are approximate, each in its way
     truth = case.truth() if hasattr(case, "truth") else None
-    differing = {} if is_fit else disagreements(estimates, truth)
+    differing = {} if judged_apart else disagreements(estimates, truth)
     return [
         _row(group, done[tool], rates[tool], rates.get(OURS), differing.get(tool), estimates.get(tool, {}))
         for tool, group in by_tool.items()
@@ -145,7 +150,11 @@ def _row(
         least_scalar=min(done, key=lambda m: min(t.work for t in m.warm)).least_scalar,
         r_hat=max((m.r_hat for m in done if m.r_hat is not None), default=None),
         warmup=done[0].warmup,
-        loss=estimates["loss"].value if "loss" in estimates else None,
+        **{
+            field: estimates[name].value
+            for field, name in (("loss", "loss"), ("off", "mean off"), ("width", "sd ratio"))
+            if name in estimates
+        },
         note=done[-1].note,
         disagreement=disagreement,
     )

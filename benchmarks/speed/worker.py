@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import cases, tools
-from .record import Answer, Draws, Estimate, Measurement, Plan, Steps, Timing, Weights, together
+from .record import Answer, Draws, Estimate, Kept, Measurement, Plan, Steps, Timing, Weights, together
 
 SEED_STRIDE = 1000  # some seed chain c with seed + c: seeds far apart share none
 
@@ -110,7 +110,22 @@ def judged(case: Any, answer: Answer) -> Judgement:
         return Judgement(answer.count, {"loss": Estimate(answer.loss, 0.0)})
     if isinstance(answer, Weights):
         return Judgement(answer.count, {"log evidence": Estimate(answer.log_evidence, answer.std_error)})
+    if isinstance(answer, Kept):
+        return _judged_kept(case, answer)
     return _judged_draws(case, answer)
+
+
+def _judged_kept(case: Any, answer: Kept) -> Judgement:
+    """How far the mean is off, root mean square over coordinates in posterior sds, and the mean ratio of the sds."""
+    draws = np.asarray(answer.draws, dtype=float)
+    if not np.isfinite(draws).all():
+        raise ValueError("the draws are not all finite.")
+    weights = np.full(len(draws), 1 / len(draws)) if answer.weights is None else np.asarray(answer.weights)
+    true_mean, true_sd = case.posterior(case.data())
+    mean = weights @ draws
+    off = np.sqrt(np.mean(((mean - true_mean) / true_sd) ** 2))
+    ratio = np.mean(np.sqrt(weights @ (draws - mean) ** 2) / true_sd)
+    return Judgement(answer.count, {"mean off": Estimate(float(off), 0.0), "sd ratio": Estimate(float(ratio), 0.0)})
 
 
 def _judged_draws(case: Any, answer: Draws) -> Judgement:

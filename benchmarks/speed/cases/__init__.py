@@ -21,8 +21,15 @@
     'importance'   prior draws weighted by the likelihood; speed is draws per second
         data(), problem(data), NUM_DRAWS
     'mixture'      EM steps on a mixture of normals; speed is steps per second
-        problem(), NUM_STEPS
+        problem(), NUM_STEPS, ROWS
         start() -> {name: array}         the data x and the theta to start from, by the problem's names
+    'chain'        steps of Baum-Welch on a hidden Markov model; speed is steps per second
+        problem(), NUM_STEPS, ROWS       the last the number of observations
+        start() -> {name: array}         the data x (T, D) and the theta to start from, by the problem's names
+    'abc'          posteriors by simulation alone, of theta ~ N(0, I) (DIM) and x ~ N(theta, NOISE^2 I); speed is
+                   simulations per second
+        data(), problem(data), DIM, NOISE, NUM_SIMULATIONS, NUM_SAMPLES
+        posterior(data) -> mean, sd      exact, (DIM,) each
 
 A case may have `truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
 and of their squares ('tau^2'), or the 'log evidence'.

@@ -40,7 +40,7 @@ class Prepared:
 class Tool:
     """One way to use a library.
 
-    kind         of the cases it runs: 'posterior', 'per-datum', 'svi', 'importance', 'mixture'
+    kind         of the cases it runs: one of those that `cases` lists
     requires     installed name -> name to import, of each library
     precision    of its arithmetic, 'float32' or 'float64'
     prepare      (case, plan) -> Prepared; called where the libraries have been imported

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from types import ModuleType
+from typing import Any
 
-from ..record import Draws, Plan, Steps, Weights
+from ..record import Draws, Kept, Plan, Steps, Weights
 from . import OURS, Prepared, Tool
 
 
@@ -81,7 +83,7 @@ def svi(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
-def mixture(case: ModuleType, plan: Plan) -> Prepared:
+def em(case: ModuleType, plan: Plan) -> Prepared:
     from pyrometer.inference import EM, learn
 
     problem, learner = case.problem(), EM(num_steps=case.NUM_STEPS, tolerance=0.0)
@@ -91,7 +93,7 @@ def mixture(case: ModuleType, plan: Plan) -> Prepared:
         if not fit.status.done:
             raise RuntimeError(str(fit.status))
         seconds = float(fit.trail.seconds[-1] - fit.trail.seconds[0])  # of num_steps M-steps and as many E-steps
-        return Steps(case.NUM_STEPS, -float(fit.trail.value[-1]) / len(problem.args[0]), seconds=seconds)
+        return Steps(case.NUM_STEPS, -float(fit.trail.value[-1]) / case.ROWS, seconds=seconds)
 
     return Prepared(called, called)
 
@@ -110,6 +112,22 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def abc(settings: Mapping[str, Any], case: ModuleType, plan: Plan) -> Prepared:
+    from pyrometer.inference import ABC, infer
+
+    problem = case.problem(case.data())
+    engine = ABC(num_samples=case.NUM_SAMPLES, num_simulations=case.NUM_SIMULATIONS, **settings)
+
+    def called(seed: int) -> Kept:
+        posterior = infer(problem, engine, seed=seed)
+        if not posterior.status.done:
+            raise RuntimeError(str(posterior.status))
+        weights = posterior.weights()[0].numpy()
+        return Kept(case.NUM_SIMULATIONS, posterior.draws["theta"][0].numpy(), weights)
+
+    return Prepared(called, called)
+
+
 REQUIRES = {"pyrometer": "pyrometer.inference", "torch": "torch", "pyro-ppl": "pyro"}
 
 TOOLS = [
@@ -119,5 +137,9 @@ TOOLS = [
     Tool(OURS, "gibbs", REQUIRES, "float64", gibbs),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
-    Tool(OURS, "mixture", REQUIRES, "float64", mixture),
+    Tool(OURS, "mixture", REQUIRES, "float64", em),
+    Tool(OURS, "chain", REQUIRES, "float64", em),
+    Tool(OURS, "abc", REQUIRES, "float64", partial(abc, {})),
+    Tool(f"{OURS}-regression", "abc", REQUIRES, "float64", partial(abc, {"regression": True})),
+    Tool(f"{OURS}-smc", "abc", REQUIRES, "float64", partial(abc, {"method": "smc"})),
 ]
