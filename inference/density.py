@@ -136,8 +136,8 @@ class Density:
             refuse_randomness(self, {})
         elif not (self.improper and self.unlisted):
             values = self.some_values(3)
-            refuse_randomness(self, values)
-            self.vectorised = batches_over_draws(self, values)
+            plain = refuse_randomness(self, values)
+            self.vectorised = batches_over_draws(self, values, plain)
             if not self.vectorised:
                 self.notes.append(BATCHED)
             if self.batch_plates and couples_data(self, values):

@@ -18,8 +18,9 @@ BATCHED = (
 )
 
 
-def refuse_randomness(density: Density, values: dict[str, Tensor]) -> None:
-    """The same values must have the same density twice. Raises `ProblemError` where the program draws by itself."""
+def refuse_randomness(density: Density, values: dict[str, Tensor]) -> Tensor:
+    """The same values must have the same log joint twice; it is given back. Raises `ProblemError` where the program
+    draws by itself."""
     density.vectorised = False
     first, second = density.log_joint(values), density.log_joint(values)
     if not torch.equal(first.nan_to_num(), second.nan_to_num()):
@@ -27,12 +28,11 @@ def refuse_randomness(density: Density, values: dict[str, Tensor]) -> None:
             "the model draws random numbers outside of its sample sites (dropout, noise, a site hidden by block), so "
             "it has no density: call model.eval(), or make what is random a sample site."
         )
+    return first
 
 
-def batches_over_draws(density: Density, values: dict[str, Tensor]) -> bool:
-    """Whether three draws at once, by vmap, have the log joints that they have one by one."""
-    density.vectorised = False
-    plain = density.log_joint(values)
+def batches_over_draws(density: Density, values: dict[str, Tensor], plain: Tensor) -> bool:
+    """Whether three draws at once, by vmap, have the log joints that they have one by one, `plain`."""
     density.vectorised = True
     try:
         batched = density.log_joint(values)
