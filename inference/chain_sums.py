@@ -43,7 +43,7 @@ def native(factors: Factors) -> tuple[Chains | None, str]:
     if len(factors.seen) < NATIVE_FROM or first.device.type != "cpu" or first.shape[1] > LARGEST:
         return None, ""
     try:
-        return Chains(first, factors.moves, factors.seen, _linear(factors)), ""
+        return Chains(first, factors.moves, factors.seen, *_linear(factors)), ""
     except CompileError as error:
         return None, f"the chain was summed by torch, which is slower: {error}"
 
@@ -80,15 +80,12 @@ def sampled(factors: Factors, count: int, code: Chains | None = None) -> tuple[T
 # -- by torch --------------------------------------------------------------------------------------------------------
 
 
-def _linear(factors: Factors) -> tuple[Tensor, Tensor, Tensor, int]:
-    """exp of moves and of seen with largest element 1, the logs of what that took out of each chain, (N,), and the
-    kind of the moves."""
-    moves, seen = factors.moves, factors.seen
-    top_moves, top_seen = _finite(moves.amax((2, 3), keepdim=True)), _finite(seen.amax(-1, keepdim=True))
-    m, e = (moves - top_moves).exp(), (seen - top_seen).exp()
-    steps, N = seen.shape[:2]
-    scale = top_seen.sum((0, 2)) + top_moves[..., 0, 0].expand(steps, N).sum(0)
-    return m, e, scale, _kind(factors, m)
+def _linear(factors: Factors) -> tuple[Tensor, Tensor, int]:
+    """exp of the moves with largest element 1, the logs of what that took out of each chain, (N,), and their kind."""
+    moves = factors.moves
+    top = _finite(moves.amax((2, 3), keepdim=True))
+    m = (moves - top).exp()
+    return m, top[..., 0, 0].expand(factors.seen.shape[:2]).sum(0), _kind(factors, m)
 
 
 def _kind(factors: Factors, m: Tensor | None = None) -> int:

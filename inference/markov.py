@@ -104,7 +104,7 @@ class Chain:
         self.states, self.calls = sizes.pop(), 0
         self.groups: list[Group] | None = None
         self.values_of_groups: Callable[[], tuple[Tensor, ...]] = self._values_of_groups
-        self.placed: dict[tuple[int, int], list[tuple[Tensor | None, Tensor | None, int, int]]] = {}
+        self.placed: dict[tuple[int, int], list[tuple[Tensor | None, Any, int, int]]] = {}
         self.tied_once: bool | None = None  # whether each step has one term of two states
         laid = self._run()
         self.sites = laid.order
@@ -156,7 +156,7 @@ class Chain:
         N = math.prod(batch)
         first = torch.zeros(N, K, dtype=torch.float64, device=density.device)
         seen = first.new_zeros(len(self.sites) - 1, N, K)
-        ties: list[tuple[Tensor, Tensor]] = []
+        ties: list[tuple[Any, Tensor]] = []
         for number, (members, value) in enumerate(terms):
             for rows, steps, before, now in self._places(number, members):
                 same = value.stride(0) == 0 or len(value) == 1  # for all members
@@ -174,28 +174,28 @@ class Chain:
                     count = len(members) if rows is None else len(rows)
                     first += value_here[:, :, 0].expand(count, -1, -1).sum(0)
                 elif value_here.shape[2] == 1:
-                    seen.index_add_(0, steps, value_here[:, :, 0].to(seen).expand(len(steps), N, K))
+                    _add(seen, steps, value_here[:, :, 0].to(seen))
                 else:
                     ties.append((steps, value_here.to(first).expand(-1, -1, K, K)))
         return Factors(first, self._moves(ties), seen)
 
-    def _moves(self, ties: list[tuple[Tensor, Tensor]]) -> Tensor:
+    def _moves(self, ties: list[tuple[Any, Tensor]]) -> Tensor:
         """(T - 1, 1 or N, K, K) of values at steps; one for all steps where they are the same."""
         if not ties:
             return torch.zeros(1, 1, self.states, self.states, dtype=torch.float64, device=self.density.device)
         if self.tied_once is None:
-            steps = torch.cat([steps for steps, _ in ties])
-            self.tied_once = len(steps) == len(steps.unique()) == len(self.sites) - 1
+            every = torch.arange(len(self.sites) - 1, device=self.density.device)
+            self.tied_once = torch.equal(torch.cat([every[steps] for steps, _ in ties]).sort().values, every)
         value = ties[0][1]
         if self.tied_once and all(len(v) == 1 and torch.equal(v, value) for _, v in ties):
             return value[:, :1] if torch.equal(value, value[:, :1].expand_as(value)) else value
         N = max(v.shape[1] for _, v in ties)
         moves = value.new_zeros(len(self.sites) - 1, N, self.states, self.states)
         for steps, v in ties:
-            moves.index_add_(0, steps, v.expand(len(steps), N, -1, -1))
+            _add(moves, steps, v)
         return moves
 
-    def _places(self, number: int, members: list[int]) -> list[tuple[Tensor | None, Tensor | None, int, int]]:
+    def _places(self, number: int, members: list[int]) -> list[tuple[Tensor | None, Any, int, int]]:
         """Of terms that came together: which of them (None: all) belong to which steps (None: the first), counted
         from the second, and their dimensions of the state before and now."""
         key = number, len(members)
@@ -207,7 +207,7 @@ class Chain:
             self.placed[key] = [
                 (
                     None if len(places) == len(members) else torch.tensor([row for row, _ in places]),
-                    None if begins else torch.tensor([step for _, step in places], device=self.density.device),
+                    None if begins else _slice([step for _, step in places], self.density.device),
                     before,
                     now,
                 )
@@ -239,3 +239,19 @@ class Chain:
             value = site.support[paths[:, :, t]]
             found[name] = value.reshape(len(paths), *batch, *site.inner_shape, *value.shape[2:])
         return found
+
+
+def _slice(steps: list[int], device: torch.device | None) -> Any:
+    """Steps as a slice where they are evenly spaced, which is read faster; else as a tensor, for some may be equal."""
+    gap = steps[1] - steps[0] if len(steps) > 1 else 1
+    if gap > 0 and steps == list(range(steps[0], steps[-1] + 1, gap)):
+        return slice(steps[0], steps[-1] + 1, gap)
+    return torch.tensor(steps, device=device)
+
+
+def _add(total: Tensor, steps: Any, value: Tensor) -> None:
+    """Add values (1 or len(steps), ...) to total (T - 1, ...) at these steps."""
+    if isinstance(steps, slice):
+        total[steps] += value
+    else:
+        total.index_add_(0, steps, value.expand(len(steps), *total.shape[1:]))

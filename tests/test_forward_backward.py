@@ -128,6 +128,20 @@ def test_states_that_do_not_meet_keep_scales_of_their_own(way):
     assert bool((drawn(factors, 20) == 0).all())
 
 
+def test_a_state_that_is_lost_only_within_a_block_comes_back(way):
+    """From one state two ways part for ever. First and last one falls behind by 900 nats, on the whole it is 600 ahead:
+    the ends tell nothing of it, nor do rows for each beginning."""
+    off = -math.inf
+    moves = torch.tensor([[0.0, 0.0, 0.0], [off, 0.0, off], [off, off, 0.0]], dtype=F64)
+    seen = torch.zeros(399, 1, 3, dtype=F64)
+    seen[203:, :, 0] = seen[203:206, :, 1] = seen[206:214, :, 2] = seen[214:217, :, 1] = -300.0
+    factors = Factors(torch.tensor([[0.0, off, off]], dtype=F64), moves[None, None], seen)
+    found, total = summed(factors)
+    assert abs(float(total) - (math.log(207) - 1800.0)) < 1e-9  # to part at steps 1 .. 207 comes to the same
+    assert abs(float(found.single[0, 300, 1]) - 1) < 1e-12
+    assert bool((drawn(factors, 20)[:, 0, 250:] == 1).all())
+
+
 @pytest.mark.parametrize(("kind", "spread"), [("each", 1.0), ("one", 1.0), ("zeros", 1.0), ("zeros", 200.0)])
 def test_draws_have_the_frequencies_of_all_paths(way, kind, spread):
     """Pearson's test of 40,000 draws of each of two chains on 27 paths: refused by chance once in a million; a path
@@ -221,6 +235,41 @@ def test_without_markov_and_with_plates_masks_and_one_hot_states():
     assert posterior.batch_shape == (2, 3)
     listing = infer(problem, Enumeration())
     torch.testing.assert_close(posterior.log_evidence.value, listing.log_evidence.value, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("change", ["none", "two matrices", "a step alone", "two alike at a step"])
+def test_chains_whose_steps_differ(change):
+    """Against listing, at three thetas: as the program runs, and rolled up."""
+
+    def model(y: Tensor) -> None:
+        move = pyro.param("move", torch.softmax(y[:4].reshape(2, 2), -1), constraint=dist.constraints.simplex)
+        loc = pyro.param("loc", y.new_tensor([-1.0, 1.5]))
+        other = move.flip(0)
+        z = None
+        for t in range(7):
+            before, alone = z, z is None or (change == "a step alone" and t == 3)
+            table = other if change == "two matrices" and t == 4 else move
+            z = pyro.sample(f"z_{t}", dist.Categorical(y.new_tensor([0.4, 0.6]) if alone else table[before]))
+            pyro.sample(f"x_{t}", dist.Normal(loc[z], 1.0), obs=y[t])
+            if change == "two alike at a step":
+                pyro.sample(f"w_{t}", dist.Normal(loc[z], 1.0), obs=y[6 - t])
+            if change == "a step alone" and t == 5:
+                pyro.sample("tie", dist.Normal(loc[z] * loc[before], 1.0), obs=y[0])
+
+    y = torch.randn(7, generator=torch.Generator().manual_seed(0), dtype=F64)
+    density = Density(Problem(model, args=(y,)))
+    with isolated(0), torch.no_grad(), density:
+        chain = Chain(density)
+        every = torch.tensor(list(itertools.product(range(2), repeat=7)))[:, None]
+        for _ in range(3):
+            found, total = summed(chain.factors())
+            log_p = density.log_joint(chain.values(every))
+            torch.testing.assert_close(total[0], torch.logsumexp(log_p, 0), rtol=1e-12, atol=1e-12)
+            p = torch.softmax(log_p, 0)
+            truth = torch.stack([(p[:, None] * torch.eye(2)[every[:, 0, t]]).sum(0) for t in range(7)])
+            torch.testing.assert_close(found.single[0], truth, rtol=1e-10, atol=1e-12)
+            density.theta.set({"move": torch.softmax(torch.randn(2, 2), -1), "loc": torch.randn(2)})
+            assert len(chain.factors().moves) == (1 if change in ("none", "two alike at a step") else 6)
 
 
 # -- the program rolled up -------------------------------------------------------------------------------------------

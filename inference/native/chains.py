@@ -27,6 +27,9 @@ TEXT = r"""#include <stdint.h>
 #define K %d
 #define LANES 8
 #define FLOOR 1e-140
+#ifdef VECTOR_MATH
+__attribute__((__simd__("notinbranch"))) double exp(double);
+#endif
 #define MOVE(t, n) ((t) * step + (n) * row)
 typedef const double* restrict in;
 
@@ -41,6 +44,18 @@ static double log_sum(const double* x) {
   if (!(top > -INFINITY)) return top;
   for (int k = 0; k < K; k++) sum += exp(x[k] - top);
   return top + log(sum);
+}
+
+/* exp(seen) with largest element 1 in each row of (R, N, K), and the logs of what that took out of each chain (N) */
+void pyrometer_scaled(int64_t R, int64_t N, in seen, double* restrict e, double* restrict scale) {
+  for (int64_t n = 0; n < N; n++) scale[n] = 0;
+  for (int64_t r = 0; r < R; r++) for (int64_t n = 0; n < N; n++) {
+    const double* x = seen + (r * N + n) * K;
+    const double top = largest(x), size = __builtin_isfinite(top) ? top : 0;
+    scale[n] += size;
+    for (int k = 0; k < K; k++) e[(r * N + n) * K + k] = x[k] - size;
+  }
+  for (int64_t i = 0; i < R * N * K; i++) e[i] = exp(e[i]);
 }
 
 /* a_t, normalised, into a (N, T, K), of chains [from, to); log of the whole sum into total (N); lost[n]: see above */
@@ -201,11 +216,14 @@ class Chains:
     `seen` (T - 1, N, K), and, up to scales, the last two as they are. `kind`: 0 where no move is below 1e-100 of the
     largest, 1 where linear space holds them, 2 where it does not. Raises `CompileError` without a compiler."""
 
-    def __init__(self, first: Tensor, moves: Tensor, seen: Tensor, linear: tuple[Tensor, Tensor, Tensor, int]) -> None:
+    def __init__(self, first: Tensor, moves: Tensor, seen: Tensor, linear: Tensor, taken: Tensor, kind: int) -> None:
+        """linear: exp of `moves` but for factors, whose logs over all steps are `taken` (N)."""
         self.library = _library(first.shape[-1])
-        self.T, (self.N, self.K) = len(seen) + 1, first.shape
-        m, e, self.scale, self.kind = linear
-        self.factors = [t.contiguous() for t in (first, moves, m, seen, e)]
+        self.T, (self.N, self.K), self.kind = len(seen) + 1, first.shape, kind
+        e, scale = seen.new_empty(seen.shape), seen.new_empty(self.N)
+        self.factors = [t.contiguous() for t in (first, moves, linear, seen, e)]
+        self._call("pyrometer_scaled", seen.shape[:2], (self.factors[3], e, scale))
+        self.scale = scale + taken
         steps, rows = moves.shape[:2]
         self.strides = [rows * self.K**2 if steps > 1 else 0, self.K**2 if rows > 1 else 0]
         self.lost = torch.zeros(self.N, dtype=torch.int8)
