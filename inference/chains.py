@@ -80,7 +80,7 @@ def answer(density: Density, chains: Sequence[Chain], asked: int, plan: Plan, no
         sample_stats=stats,
         state=state,
         notes=(*notes, *crowded(where, values)),
-        alarms=(*cut_short(len(chains), asked, length, plan), *stuck(stats["lp"]), *too_deep(stats, plan)),
+        alarms=(*cut_short(len(chains), asked, length, plan.num_samples), *stuck(stats["lp"]), *too_deep(stats, plan)),
         figures={f"divergence.{site}": value for site, value in where.items()},
     )
 
@@ -112,15 +112,20 @@ def mapped(density: Density, points: Tensor) -> dict[str, Tensor]:
 def cut_alike(chains: Sequence[Chain]) -> tuple[list[Chain], int]:
     """The chains and the common length that together hold most draws; all of them where none is shorter."""
     lengths = [len(chain.positions) for chain in chains]
-    length = max(set(lengths), key=lambda n: (n * sum(m >= n for m in lengths), n))
+    length = most_together(lengths)
     return [chain for chain, m in zip(chains, lengths, strict=True) if m >= length], length
 
 
-def cut_short(chains: int, asked: int, draws: int, plan: Plan) -> list[str]:
-    if (chains, draws) == (asked, plan.num_samples):
+def most_together(lengths: Sequence[int]) -> int:
+    """The length at which to cut chains, without those that are shorter, that keeps most draws."""
+    return max(set(lengths), key=lambda n: (n * sum(m >= n for m in lengths), n))
+
+
+def cut_short(chains: int, asked: int, draws: int, num_samples: int) -> list[str]:
+    if (chains, draws) == (asked, num_samples):
         return []
     part = f"{chains} of {asked} chains, " if chains < asked else ""
-    return [f"interrupted: {part}{draws} of {plan.num_samples} draws of each are there"]
+    return [f"interrupted: {part}{draws} of {num_samples} draws of each are there"]
 
 
 def stuck(lp: Tensor) -> list[str]:

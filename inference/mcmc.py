@@ -1,4 +1,4 @@
-"""Chains of every datum, moved together: warm-up and draws of any kernel on lanes, and the answer that is made of them.
+"""Chains of every datum, moved together: warm-up and draws of any kernel on lanes.
 
 Each chain of each datum has its own step size, mass matrix and accept step, so that a hard datum costs its neighbours
 nothing. Kernels whose draws all cost the same move in step, block after block. The No-U-Turn sampler does not: there a
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chains import below, mapped
 from .density import Density
-from .engine import Draws, Run
+from .engine import Run
 from .kernels import adaptation, nuts, streams
 from .kernels.adaptation import Warmup
 from .kernels.metropolis import Kernel, Point, only
 from .lanes import Lanes
 from .problem import ProblemError
+from .recorded import Record
 from .starts import starts
 
 T = TypeVar("T")
@@ -55,31 +55,6 @@ class Tuned:
     inverse_mass: Tensor
 
 
-class Record:
-    """What is kept of L chains: positions (C, S, N, D), and figures (C, S, N) under arviz's names."""
-
-    def __init__(self, lanes: Lanes, draws: int, start: Tensor, figures: Mapping[str, torch.dtype]) -> None:
-        self.lanes = lanes
-        shape = (lanes.per_datum, draws, lanes.data)
-        self.positions = start.new_empty((*shape, start.shape[1]))
-        self.stats = {name: torch.zeros(shape, dtype=dtype, device=start.device) for name, dtype in figures.items()}
-        self.last = start.clone()  # (L, D)
-        self.step_size = torch.empty_like(start[:, 0])
-        self.inverse_mass = torch.empty_like(start)
-        self.figures: dict[str, float] = {}
-
-    def write(self, ids: Tensor, draw: int | Tensor, u: Tensor, **figures: Tensor) -> None:
-        """Draw number `draw` of the lanes `ids`."""
-        chain, datum = ids // self.lanes.data, ids % self.lanes.data
-        self.positions[chain, draw, datum] = u
-        for name, value in figures.items():
-            self.stats[name][chain, draw, datum] = value.to(self.stats[name].dtype)
-
-    def close(self, ids: Tensor, u: Tensor, step_size: Tensor, inverse_mass: Tensor) -> None:
-        """The lanes `ids` have all their draws."""
-        self.last[ids], self.step_size[ids], self.inverse_mass[ids] = u, step_size, inverse_mass
-
-
 def in_step(density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | None, run: Run, plan: Schedule) -> Record:
     """Chains of a kernel whose transitions all cost the same, from `starts` (C, *batch, D)."""
     flat = starts.reshape(-1, starts.shape[-1])
@@ -91,31 +66,33 @@ def in_step(density: Density, kernel: Kernel, starts: Tensor, tuned: Tuned | Non
     ones = torch.ones(lanes.width, dtype=flat.dtype, device=flat.device)
     inside, ends = adaptation.schedule(plan.warmup_steps)
     warmup = 0 if tuned else plan.warmup_steps
+    common = streams.common(_seed(run), warmup + plan.num_samples)
     blocks = -(-lanes.total // lanes.width)
-    for block, (ids, real) in enumerate(lanes.blocks()):
-        point = Point(flat[ids], *_evaluated(lanes, flat[ids], kernel.gradient))
-        key, counter = keys[ids], torch.zeros_like(ids, device=flat.device)
-        step, mass = plan.step_size * ones, torch.ones_like(point.u)
-        with run.tuning():
-            w = adaptation.begin(step, mass)
-            for t in range(warmup):
-                point, moved = transition(point, ones, w.log_step.exp(), w.inverse_mass, key, counter)
+    with record.until_interrupted(run):
+        for block, (ids, real) in enumerate(lanes.blocks()):
+            point = Point(flat[ids], *_evaluated(lanes, flat[ids], kernel.gradient))
+            key, counter = keys[ids], torch.zeros_like(ids, device=flat.device)
+            step, mass = plan.step_size * ones, torch.ones_like(point.u)
+            with run.tuning():
+                w = adaptation.begin(step, mass)
+                for t in range(warmup):
+                    point, moved = transition(point, ones, w.log_step.exp(), w.inverse_mass, key, counter, common[t])
+                    counter = counter + transition.takes()
+                    flags = (ones > 0, inside[t] & (ones > 0), ends[t] & (ones > 0))
+                    w = Warmup(*learn(*w, point.u, moved.acceptance, *flags))
+                    run.progress("warm-up", block * warmup + t + 1, blocks * warmup)
+            step, mass = adaptation.settled(w)
+            if tuned is not None:
+                step, mass = tuned.step_size[ids], tuned.inverse_mass[ids]
+            record.settle(ids[:real], step[:real], mass[:real])
+            for s in range(plan.num_samples):
+                point, moved = transition(point, ones, step, mass, key, counter, common[warmup + s])
                 counter = counter + transition.takes()
-                flags = (ones > 0, inside[t] & (ones > 0), ends[t] & (ones > 0))
-                w = Warmup(*learn(*w, point.u, moved.acceptance, *flags))
-                run.progress("warm-up", block * warmup + t + 1, blocks * warmup)
-        step, mass = adaptation.settled(w)
-        if tuned is not None:
-            step, mass = tuned.step_size[ids], tuned.inverse_mass[ids]
-        for s in range(plan.num_samples):
-            point, moved = transition(point, ones, step, mass, key, counter)
-            counter = counter + transition.takes()
-            record.write(
-                ids[:real], s, point.u[:real], lp=point.values[:real, 0], acceptance_rate=moved.acceptance[:real],
-                energy=moved.energy[:real], diverging=moved.diverging[:real], n_steps=moved.steps[:real],
-            )  # fmt: skip
-            run.progress("draws", block * plan.num_samples + s + 1, blocks * plan.num_samples)
-        record.close(ids[:real], point.u[:real], step[:real], mass[:real])
+                record.write(
+                    ids[:real], s, point.u[:real], lp=point.values[:real, 0], acceptance_rate=moved.acceptance[:real],
+                    energy=moved.energy[:real], diverging=moved.diverging[:real], n_steps=moved.steps[:real],
+                )  # fmt: skip
+                run.progress("draws", block * plan.num_samples + s + 1, blocks * plan.num_samples)
     return record
 
 
@@ -148,50 +125,58 @@ def by_turns(density: Density, max_depth: int, starts: Tensor, tuned: Tuned | No
     state = list(planted(ids))
     began, before, executed = time.perf_counter(), density.counts["gradients"], 0
     needed, drawn = 0, 0  # leapfrog steps
-    while finished < total:
-        *state, done, acceptance, leaves, depth, energy, diverging = turn(*state)
-        executed += lanes.width
-        at = done.nonzero()[:, 0]
-        if not len(at):
-            continue
-        draw = state[-1][at]
-        at, draw = at[draw <= warmup + plan.num_samples], draw[draw <= warmup + plan.num_samples]
-        steps = leaves[at]
-        needed += int(steps.sum())
-        kept = draw > warmup
-        drawn += int(steps[kept].sum())
-        tree = nuts.Tree(*state[: len(nuts.Tree._fields)])
-        to, which = at[kept], draw[kept] - warmup - 1
-        record.write(
-            ids[to], which, tree.u[to], lp=tree.values[to, 0], acceptance_rate=acceptance[to], energy=energy[to],
-            diverging=diverging[to], n_steps=leaves[to], tree_depth=depth[to],
-            reached_max_treedepth=depth[to] >= max_depth,
-        )  # fmt: skip
-        over = at[draw == warmup + plan.num_samples]
-        if not len(over):
-            continue
+
+    def settle(at: Tensor) -> None:
+        """What these of the lanes that stand there draw with."""
         w = Warmup(*state[len(nuts.Tree._fields) : -1])
-        step = w.log_step_mean[over].exp() if tuned is None else tuned.step_size[ids[over]]
-        record.close(ids[over], tree.u[over], step, w.inverse_mass[over])
-        finished += len(over)
-        run.progress("chains", finished, total)
-        more = min(len(over), total - fresh)
-        if more:
-            ids = ids.clone()
-            ids[over[:more]] = torch.arange(fresh, fresh + more, device=ids.device)
-            fresh += more
-            lanes.place(ids)
-            for tensor, new in zip(state, planted(ids[over[:more]]), strict=True):
-                tensor[over[:more]] = new
-        if total - finished <= lanes.width // SHRINK and lanes.width > FEWEST_SLOTS and not lanes.whole:
-            # few are left: they go on in narrower lanes
-            busy = (state[-1] < warmup + plan.num_samples).nonzero()[:, 0]
-            lanes, turn = _turning(density, starts, max_depth, plan, warmup, max(FEWEST_SLOTS, len(busy)))
-            place = torch.arange(lanes.width, device=ids.device)
-            spare, busy = place >= len(busy), busy[place % len(busy)]
-            ids, state = ids[busy], [t[busy] for t in state]
-            state[-1][spare] = warmup + plan.num_samples + 1
-            lanes.place(ids)
+        step = w.log_step_mean[at].exp() if tuned is None else tuned.step_size[ids[at]]
+        record.settle(ids[at], step, w.inverse_mass[at])
+
+    with record.until_interrupted(run):
+        while finished < total:
+            *state, done, acceptance, leaves, depth, energy, diverging = turn(*state)
+            executed += lanes.width
+            at = done.nonzero()[:, 0]
+            if not len(at):
+                continue
+            draw = state[-1][at]
+            at, draw = at[draw <= warmup + plan.num_samples], draw[draw <= warmup + plan.num_samples]
+            steps = leaves[at]
+            needed += int(steps.sum())
+            kept = draw > warmup
+            drawn += int(steps[kept].sum())
+            tree = nuts.Tree(*state[: len(nuts.Tree._fields)])
+            to, which = at[kept], draw[kept] - warmup - 1
+            record.write(
+                ids[to], which, tree.u[to], lp=tree.values[to, 0], acceptance_rate=acceptance[to], energy=energy[to],
+                diverging=diverging[to], n_steps=leaves[to], tree_depth=depth[to],
+                reached_max_treedepth=depth[to] >= max_depth,
+            )  # fmt: skip
+            over = at[draw == warmup + plan.num_samples]
+            if not len(over):
+                continue
+            settle(over)
+            finished += len(over)
+            run.progress("chains", finished, total)
+            more = min(len(over), total - fresh)
+            if more:
+                ids = ids.clone()
+                ids[over[:more]] = torch.arange(fresh, fresh + more, device=ids.device)
+                fresh += more
+                lanes.place(ids)
+                for tensor, new in zip(state, planted(ids[over[:more]]), strict=True):
+                    tensor[over[:more]] = new
+            if total - finished <= lanes.width // SHRINK and lanes.width > FEWEST_SLOTS and not lanes.whole:
+                # few are left: they go on in narrower lanes
+                busy = (state[-1] < warmup + plan.num_samples).nonzero()[:, 0]
+                lanes, turn = _turning(density, starts, max_depth, plan, warmup, max(FEWEST_SLOTS, len(busy)))
+                place = torch.arange(lanes.width, device=ids.device)
+                spare, busy = place >= len(busy), busy[place % len(busy)]
+                ids, state = ids[busy], [t[busy] for t in state]
+                state[-1][spare] = warmup + plan.num_samples + 1
+                lanes.place(ids)
+    if finished < total:
+        settle((state[-1] <= warmup + plan.num_samples).nonzero()[:, 0])
     lanes.count(executed / lanes.width)
     share = 1 - drawn / max(needed, 1)
     run.tuning_counts["gradients"] += share * (density.counts["gradients"] - before)
@@ -286,55 +271,6 @@ def _evaluated(lanes: Lanes, u: Tensor, gradient: bool = True) -> tuple[Tensor, 
 
 def _seed(run: Run) -> int:
     return int(run.seed.generate_state(1, np.uint64)[0]) >> 1
-
-
-def answer(density: Density, record: Record) -> Draws:
-    """The draws of all chains of all data; `state` for a warm start, per chain and datum."""
-    lanes = record.lanes
-    batch = tuple(density.batch_shape)
-    positions = record.positions.flatten(0, 1).reshape(-1, *batch, record.positions.shape[-1])
-    values = {site: v.unflatten(0, (lanes.per_datum, -1)) for site, v in mapped(density, positions).items()}
-    stats = {name: value.reshape(*value.shape[:2], *batch) for name, value in record.stats.items()}
-    per_chain = (lanes.per_datum, *batch)
-    stats["step_size"] = record.step_size.reshape(per_chain)[:, None].expand_as(stats["lp"])
-    state = {
-        "position": record.last.reshape(*per_chain, -1),
-        "step_size": record.step_size.reshape(per_chain),
-        "inverse_mass": record.inverse_mass.reshape(*per_chain, -1),
-    }
-    return Draws(
-        values,
-        "mcmc",
-        sample_stats=stats,
-        state=state,
-        notes=lanes.notes(),
-        alarms=(*not_finite(stats["lp"]), *stuck(stats["lp"])),
-        figures={name: torch.tensor(value) for name, value in record.figures.items()},
-    )
-
-
-def not_finite(lp: Tensor) -> Iterator[str]:
-    """Data at which a chain never came to a finite log density; lp (C, S, *batch)."""
-    broken = (~lp.isfinite()).all(1).any(0).reshape(-1)
-    if bool(broken.any()):
-        whose = "its" if int(broken.sum()) == 1 else "their"
-        yield f"the log density is not finite at {_listed(broken)}: {whose} draws mean nothing"
-
-
-def stuck(lp: Tensor) -> Iterator[str]:
-    """Data at which a chain stays far below the others."""
-    lost = below(lp)[1].any(0).reshape(-1)
-    if bool(lost.any()):
-        yield (
-            f"a chain stays far below the others at {_listed(lost)}: it is stuck; run a longer warm-up, or start it "
-            "elsewhere (initial=...)"
-        )
-
-
-def _listed(which: Tensor) -> str:
-    at = which.nonzero()[:, 0].tolist()
-    more = f" and {len(at) - 5} more" if len(at) > 5 else ""
-    return f"{'data' if len(at) > 1 else 'datum'} {', '.join(map(str, at[:5]))}{more}"
 
 
 def why_not(density: Density, sampler: str) -> str:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ QUARTER_TURN = 1.9  # trajectories in units of the target's sd: much longer ones
 LEARN = 1.0  # change of log step size for each unit of acceptance that is missing
 PRIOR_COUNT = 5.0  # particles that the last stage's variances count for
 KERNELS: dict[str, Kernel] = {
-    "hmc": HMC(num_steps=4, varied=False),
+    "hmc": HMC(num_steps=4),
     "langevin": langevin(),
     "random_walk": RandomWalk(),
     "nuts": NUTS(),
@@ -48,8 +48,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 def as_kernel(owner: Any, value: Any) -> Kernel:
-    """A kernel from its name or itself, with trajectories of one length: particles that wait for others would fix a
-    drawn one. Raises `ProblemError`."""
+    """A kernel from its name or itself. Raises `ProblemError`."""
     if isinstance(value, str) and value in KERNELS:
         return KERNELS[value]
     if isinstance(value, str | type) or not hasattr(value, "bind"):
@@ -57,7 +56,7 @@ def as_kernel(owner: Any, value: Any) -> Kernel:
             f"{type(owner).__name__}(kernel={value!r}): expected one of {', '.join(KERNELS)}, or a kernel such as "
             "HMC(num_steps=10) of pyrometer.inference.kernels.metropolis."
         )
-    return replace(value, varied=False) if isinstance(value, HMC) else value
+    return value
 
 
 def seed_of(run: Run, index: int) -> int:

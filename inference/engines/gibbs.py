@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import mcmc
+from .. import recorded
 from ..density import Density
 from ..engine import Draws, EngineError, Run
 from ..kernels import adaptation
@@ -242,7 +242,7 @@ class Gibbs:
             sample_stats=stats,
             state=state,
             notes=tuple(sweep.notes()),
-            alarms=(*mcmc.not_finite(stats["lp"]), *mcmc.stuck(stats["lp"])),
+            alarms=(*recorded.not_finite(stats["lp"]), *recorded.stuck(stats["lp"])),
         )
 
 

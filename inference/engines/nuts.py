@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
-from .. import mcmc, nutpie_private, nuts_nutpie, nuts_pyro
+from .. import mcmc, nutpie_private, nuts_nutpie, nuts_pyro, recorded
 from ..chains import Plan, Tuning, answer
 from ..density import Density
 from ..engine import Draws, Run
@@ -108,7 +108,7 @@ class NUTS:
     def _on_lanes(self, density: Density, run: Run) -> Draws:
         points, tuned = mcmc.begin(self, density, run)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance)
-        return mcmc.answer(density, mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan))
+        return recorded.answer(density, mcmc.by_turns(density, self.max_tree_depth, points, tuned, run, plan))
 
     def _earlier(self, density: Density, state: Mapping[str, Tensor]) -> tuple[Tensor, Tuning | None]:
         """Points and tuning of the run that this one goes on from; no tuning where its mass matrix is not known."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
-from .. import mcmc
+from .. import mcmc, recorded
 from ..density import Density
 from ..engine import Draws, Run
 from ..kernels.metropolis import RandomWalk as Kernel
@@ -55,4 +55,4 @@ class RandomWalk:
         points, tuned = mcmc.begin(self, density, run)
         plan = mcmc.Schedule(self.num_samples, self.warmup_steps, self.target_acceptance, self.step_size)
         kernel = Kernel(self.target_acceptance)
-        return mcmc.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan))
+        return recorded.answer(density, mcmc.in_step(density, kernel, points, tuned, run, plan))

@@ -2,8 +2,8 @@
 
     random walk   u' = u + eps sqrt(inverse mass) n
     Langevin      one leapfrog step (Besag 1994; Roberts & Tweedie 1996, doi:10.2307/3318418)
-    Hamiltonian   several (Duane et al. 1987, doi:10.1016/0370-2693(87)91197-X), their number drawn for all lanes and
-                  their size for each, so that no trajectory comes back to where it began, again and again
+    Hamiltonian   several (Duane et al. 1987, doi:10.1016/0370-2693(87)91197-X), their number the same for all lanes and
+                  their size drawn for each, so that no trajectory comes back to where it began, again and again
 
 A kernel leaves invariant the density that a `Path` makes of the parts of a target; for the posterior it is the one part
 there is. It is bound to lanes once, which compiles it, and then moves whichever lanes stand there.
@@ -24,6 +24,7 @@ from . import streams
 
 DIVERGENT = 1000.0  # nats of energy lost, from which on a trajectory counts as diverging
 JITTER = 0.2  # relative, of the step sizes
+MIDDLE = 0.5  # of the numbers common to all lanes
 
 
 class Point(NamedTuple):
@@ -72,8 +73,17 @@ class Transition(Protocol):
         """Random numbers of each lane's stream that one call takes."""
 
     def __call__(
-        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
-    ) -> tuple[Point, Moved]: ...
+        self,
+        point: Point,
+        beta: Tensor,
+        step_size: Tensor,
+        inverse_mass: Tensor,
+        key: Tensor,
+        counter: Tensor,
+        common: float = MIDDLE,
+    ) -> tuple[Point, Moved]:
+        """Move the lanes that stand there. `common`: a uniform number of what must be alike in all lanes, those of
+        other blocks too; the caller draws it, from nothing that a lane has seen."""  # fmt: skip
 
 
 def force(path: Path, beta: Tensor, values: Tensor, gradients: Tensor) -> Tensor:
@@ -99,18 +109,15 @@ def kinetic(r: Tensor, inverse_mass: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class HMC:
-    """1 to 2 `num_steps` - 1 leapfrog steps with fresh momenta. One step is Langevin's proposal.
-
-    varied  False: always `num_steps`, so that no lane's moves depend on which lane stands first, whose number decides
-    """
+    """Leapfrog steps with fresh momenta: 1 to 2 `num_steps` - 1 of them by the common number, `num_steps` in its
+    middle. One step is Langevin's proposal."""
 
     num_steps: int = 10
     target_acceptance: float = 0.8
     gradient: bool = True
-    varied: bool = True
 
     def bind(self, lanes: Lanes, path: Path, example: Point) -> Transition:
-        return _Hamiltonian(self.num_steps, self.varied, lanes, path, example)
+        return _Hamiltonian(self.num_steps, lanes, path, example)
 
 
 def langevin() -> HMC:
@@ -120,8 +127,8 @@ def langevin() -> HMC:
 
 
 class _Hamiltonian:
-    def __init__(self, num_steps: int, varied: bool, lanes: Lanes, path: Path, example: Point) -> None:
-        self.num_steps, self.varied, self.lanes, self.path = num_steps, varied, lanes, path
+    def __init__(self, num_steps: int, lanes: Lanes, path: Path, example: Point) -> None:
+        self.num_steps, self.lanes, self.path = num_steps, lanes, path
         self.dim = dim = example.u.shape[1]
         dtype, used = example.u.dtype, streams.normals_take(dim)
 
@@ -175,16 +182,13 @@ class _Hamiltonian:
         )
 
     def takes(self) -> int:
-        return streams.normals_take(self.dim) + 3
+        return streams.normals_take(self.dim) + 2
 
     def __call__(
-        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
-    ) -> tuple[Point, Moved]:
-        num_steps = self.num_steps
-        if self.varied:
-            # one number for all lanes, since they move in step; it depends on nothing that a lane has seen
-            coin = float(streams.uniforms(key[:1], counter[:1] + self.takes() - 1, 1))
-            num_steps = 1 + int((2 * self.num_steps - 1) * coin)
+        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor,
+        common: float = MIDDLE,
+    ) -> tuple[Point, Moved]:  # fmt: skip
+        num_steps = 1 + int((2 * self.num_steps - 1) * common)
         r, slope, step, before, uniform = self.begin(*point, beta, step_size, inverse_mass, key, counter)
         u, values, gradients = point
         for _ in range(num_steps):
@@ -245,8 +249,9 @@ class _RandomWalk:
         return streams.normals_take(self.dim) + 1
 
     def __call__(
-        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
-    ) -> tuple[Point, Moved]:
+        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor,
+        common: float = MIDDLE,
+    ) -> tuple[Point, Moved]:  # fmt: skip
         u, values, acceptance, energy = self.step(*point[:2], beta, step_size, inverse_mass, key, counter)
         self.lanes.count(1, gradient=False)
         moved = Point(u, values, point.gradients)

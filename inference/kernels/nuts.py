@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..lanes import Lanes
 from . import streams
-from .metropolis import DIVERGENT, Moved, Path, Point, Transition, force, kinetic, leapfrog
+from .metropolis import DIVERGENT, MIDDLE, Moved, Path, Point, Transition, force, kinetic, leapfrog
 
 PER_LEAF = 3  # random numbers
 
@@ -251,8 +251,9 @@ class _InStep:
         return streams.normals_take(self.dim) + 1 + PER_LEAF * 2**self.max_depth
 
     def __call__(
-        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor
-    ) -> tuple[Point, Moved]:
+        self, point: Point, beta: Tensor, step_size: Tensor, inverse_mass: Tensor, key: Tensor, counter: Tensor,
+        common: float = MIDDLE,
+    ) -> tuple[Point, Moved]:  # fmt: skip
         tree = plant(point, self.path, beta, inverse_mass, key, counter, self.max_depth)
         while not bool(tree.done.all()):
             tree = Tree(*self.step(beta, step_size, inverse_mass, *tree))

@@ -42,6 +42,11 @@ def normals(key: Tensor, counter: Tensor, count: int, dtype: torch.dtype = torch
     return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count]
 
 
+def common(seed: int, count: int) -> list[float]:
+    """Uniform numbers that belong to no lane, one for each transition of a run: what all its lanes have in common."""
+    return uniforms(torch.tensor([seed]), torch.zeros(1, dtype=torch.int64), count)[0].tolist()
+
+
 def normals_take(count: int) -> int:
     return (count + 1) // 2 * 2
 
