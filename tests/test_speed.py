@@ -814,6 +814,7 @@ def test_the_peers_are_all_there():
     assert {(n, "svi") for n in ("pyro", "torch-eager", "torch-compiled", "numpyro-step", "numpyro-scan")} <= names
     assert {("scikit-learn", "mixture"), ("hmmlearn", "chain")} <= names
     assert {(n, "abc") for n in ("sbi", "sbi-regression", "pyabc")} <= names
+    assert {(n, "per-datum") for n in ("pyro-datum-by-datum", "blackjax-vectorised", "numpyro-vectorised")} <= names
     assert {(n, "importance") for n in ("pyro", "torch-eager", "jax-jit")} <= names
 
 

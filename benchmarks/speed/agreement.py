@@ -27,15 +27,16 @@ def disagreements(
 
         median over the other tools j of |m_ik - m_jk| / sqrt(s_ik^2 + s_jk^2),   largest over estimates k
 
-    A tool that is wrong differs from all others and is seen; one that is right differs from the few that are wrong,
-    which the median ignores. Of two tools that differ, both are seen. A tool without another to compare is left out.
+    over those who estimate it. A tool that is wrong differs from all others and is seen; one that is right differs
+    from the few that are wrong, which the median ignores. Of two tools that differ, both are seen. A tool without
+    another to compare is left out.
     """
     found = {}
     for tool, mine in estimates.items():
         others = [truth] if truth else [theirs for other, theirs in estimates.items() if other != tool]
-        shared = [name for name in mine if all(name in other for other in others)]
-        if others and shared:
-            z = {name: statistics.median_low([_z(mine[name], other[name]) for other in others]) for name in shared}
+        shared = [name for name in mine if any(name in other for other in others)]
+        if shared:
+            z = {n: statistics.median_low([_z(mine[n], o[n]) for o in others if n in o]) for n in shared}
             worst = max(z, key=lambda name: z[name])
             found[tool] = Disagreement(worst, z[worst])
     return found

@@ -63,6 +63,44 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, warm)
 
 
+def per_datum(case: ModuleType, plan: Plan) -> Prepared:
+    """A chain for each datum and chain, all as one vector: its kernel under vmap, on a log density written by hand."""
+    import jax
+    import jax.numpy as jnp
+    from numpyro.infer.hmc import hmc
+
+    data = {name: jnp.asarray(value) for name, value in case.data().items()}
+    warmup = WARMUP if plan.warmup is None else plan.warmup
+    (name, shape), count = next(iter(case.SHAPES.items())), len(data["x"])
+
+    def chain(key: Any, x: Any) -> tuple[Any, Any]:
+        begin, move = hmc(lambda z: -case.log_joint(z, x, data, jnp), algo="NUTS")
+        start, run = jax.random.split(key)
+
+        def step(state: Any, _: None) -> tuple[Any, tuple[Any, Any]]:
+            state = move(state)
+            return state, (state.z, state.num_steps)
+
+        def tune(state: Any, _: None) -> tuple[Any, Any]:
+            state = move(state)
+            return state, state.num_steps
+
+        state = begin(jax.random.normal(start, shape), warmup, rng_key=run)
+        state, tuned = jax.lax.scan(tune, state, length=warmup)
+        _, (draws, steps) = jax.lax.scan(step, state, length=plan.draws)
+        return draws, steps.sum() + tuned.sum()
+
+    all_chains = jax.jit(jax.vmap(jax.vmap(chain), in_axes=(0, None)))  # chains, data
+
+    def called(seed: int) -> Draws:
+        keys = jax.random.split(jax.random.PRNGKey(seed), plan.chains * count).reshape(plan.chains, count, -1)
+        draws, gradients = all_chains(keys, data["x"])
+        values = np.moveaxis(np.asarray(draws), 1, 2)  # (C, S, N, D)
+        return Draws({name: values}, warmup, int(np.sum(gradients)) // count)
+
+    return Prepared(called, called)
+
+
 def gibbs(method: str, case: ModuleType, plan: Plan) -> Prepared:
     """`DiscreteHMCGibbs`, which moves labels one by one, NUTS for the rest. A sweep costs the square of the data: it is
     given a tenth of the draws, and as many to warm up, so that it ends; effective draws a second are compared."""
@@ -169,6 +207,7 @@ TOOLS = [
     Tool(f"numpyro-{name}", "posterior", REQUIRES, "float32", partial(nuts, method), devices)
     for name, method in (("parallel", "parallel"), ("sequential", "sequential"), ("vectorised", "vectorized"))
 ]
+TOOLS += [Tool("numpyro-vectorised", "per-datum", REQUIRES, "float32", per_datum, devices)]
 TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]
 TOOLS += [
     Tool("numpyro-gibbs", "gibbs", REQUIRES, "float32", partial(gibbs, "parallel"), devices, compiles=False),

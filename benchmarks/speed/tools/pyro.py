@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from types import ModuleType
 from typing import Any
 
 from ..record import Draws, Plan, Steps, Weights
 from . import Prepared, Tool
+
+FEW = 2  # data that are sampled one after the other
 
 
 def nuts(case: ModuleType, plan: Plan) -> Prepared:
@@ -34,6 +37,37 @@ def nuts(case: ModuleType, plan: Plan) -> Prepared:
         draws = sampler.get_samples(group_by_chain=True)
         counted = runs >= plan.draws * plan.chains  # chains in processes of their own count there
         return Draws({n: draws[n].numpy() for n in case.SHAPES}, warmup, gradients=runs if counted else None)
+
+    return Prepared(called, called)
+
+
+def per_datum(case: ModuleType, plan: Plan) -> Prepared:
+    """NUTS for one datum after the other, as a user of Pyro has to: of the first `FEW` data, in a time that is told as
+    that of all of them, to which it grows in proportion."""
+    import pyro
+    import torch
+    from pyro.infer import MCMC, NUTS
+
+    torch.set_default_dtype(torch.float64)
+    problem = case.problem(case.data())
+    args = [value.double() if value.is_floating_point() else value for value in problem.args]
+    warmup = plan.draws if plan.warmup is None else plan.warmup
+
+    def called(seed: int) -> Draws:
+        pyro.set_rng_seed(seed)
+        began, each = time.perf_counter(), []
+        for datum in range(FEW):
+            sampler = MCMC(
+                NUTS(problem.model), plan.draws, warmup_steps=warmup, num_chains=plan.chains, disable_progbar=True
+            )
+            sampler.run(args[0][datum : datum + 1], *args[1:])
+            each.append(sampler.get_samples(group_by_chain=True))
+        return Draws(
+            {n: torch.cat([draws[n] for draws in each], 2).numpy() for n in case.SHAPES},
+            warmup,
+            seconds=(time.perf_counter() - began) * len(args[0]) / FEW,
+            note=f"{FEW} of {len(args[0])} data sampled and judged, the time of all extrapolated",
+        )
 
     return Prepared(called, called)
 
@@ -87,6 +121,7 @@ REQUIRES = {"pyro-ppl": "pyro", "torch": "torch"}
 
 TOOLS = [
     Tool("pyro", "posterior", REQUIRES, "float64", nuts, compiles=False),
+    Tool("pyro-datum-by-datum", "per-datum", REQUIRES, "float64", per_datum, compiles=False),
     Tool("pyro", "svi", REQUIRES, "float32", svi, compiles=False),
     Tool("pyro", "importance", REQUIRES, "float64", importance, compiles=False),
 ]
