@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .accuracy import Weighted, judged_by, of_chains, of_draws
-from .statistics import ess, k_hat_threshold, psis, rhat
+from .statistics import all_finite, ess, k_hat_threshold, psis, rhat
 from .words import Finding, Judgement, datum, element, level_by, unravel
 
 LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
@@ -165,8 +165,8 @@ def diagnose(
 def _not_finite(draws: Mapping[str, Tensor]) -> list[Finding]:
     findings = []
     for site, values in draws.items():
-        broken = ~torch.isfinite(values)
-        if broken.any():
+        if not all_finite(values):
+            broken = ~torch.isfinite(values)
             chain, draw, *index = (int(i) for i in broken.nonzero()[0])
             findings.append(
                 (

@@ -25,6 +25,7 @@ from .posterior import Cost, Evidence, Posterior, Status
 from .problem import Problem, ProblemError
 from .registry import as_engine
 from .settings import options
+from .statistics import all_finite
 
 if TYPE_CHECKING:
     from .chain_sums import Marginals
@@ -256,7 +257,7 @@ def measured(call: Callable[[], T], run: Run) -> tuple[T | None, Status, Cost]:
 def _judge(draws: Draws) -> Status:
     """Failures that show in the numbers."""
     for name, value in draws.values.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
+        if value.is_floating_point() and not all_finite(value):
             return Status("failed", f"site {name!r}: {int((~value.isfinite()).sum())} draws are not finite")
     if draws.log_evidence is not None and bool(draws.log_evidence.value.isnan().any()):
         count = int(draws.log_evidence.value.isnan().sum())

@@ -335,15 +335,11 @@ def over_draws(
     if count == 1:  # vmap costs more than it saves
         return tree_map(lambda t: t[None], function(row(0)))
     if vectorised:
-        mapped = torch.func.vmap(
-            function,
-            chunk_size=chunk if chunk < count else None,
-            randomness="different" if random else "error",
-        )
+        mapped = torch.func.vmap(function, chunk_size=min(chunk, count), randomness="different" if random else "error")
         try:
             with batched_randomness() if random else nullcontext():
-                if compile is not None and count > 2 * chunk:
-                    return _in_chunks(mapped, inputs, count, chunk, compile)
+                if count > chunk and not torch.is_grad_enabled():
+                    return _in_chunks(mapped, inputs, count, chunk, compile if count > 2 * chunk else None)
                 return mapped(inputs)
         except RuntimeError as error:  # a distribution that vmap cannot draw from
             if not random or ("vmap" not in str(error) and "functorch" not in str(error)):
@@ -353,7 +349,7 @@ def over_draws(
 
 
 def _in_chunks(mapped: Callable[[Any], Any], inputs: Any, count: int, chunk: int, compile: Any) -> Any:
-    """mapped(inputs), all full chunks by the compiled function."""
+    """mapped(inputs), all full chunks by the compiled function where there is to be one."""
     columns, build = tree_flatten(inputs)
     form: list[TreeSpec] = []
 
@@ -362,8 +358,12 @@ def _in_chunks(mapped: Callable[[Any], Any], inputs: Any, count: int, chunk: int
         form[:] = [spec]
         return tuple(results)
 
-    starts = range(0, count, chunk)
-    pieces = [tuple(c[start : start + chunk] for c in columns) for start in starts]
-    run = compile(flat, pieces[:2])
-    results = [run(*p) if len(p[0]) == chunk else flat(*p) for p in pieces]
-    return tree_unflatten([torch.cat(parts) for parts in zip(*results, strict=True)], form[0])
+    pieces = [tuple(c[start : start + chunk] for c in columns) for start in range(0, count, chunk)]
+    run = compile(flat, pieces[:2]) if compile is not None else flat
+    whole: list[Tensor] = []  # filled piece by piece: no result is there twice
+    for i, piece in enumerate(pieces):
+        results = run(*piece) if len(piece[0]) == chunk else flat(*piece)
+        whole = whole or [part.new_empty((count, *part.shape[1:])) for part in results]
+        for target, part in zip(whole, results, strict=True):
+            target[i * chunk : i * chunk + len(part)] = part
+    return tree_unflatten(whole, form[0])

@@ -26,6 +26,11 @@ DISTINCT = 8  # decimals (nats) to which two log weights must differ to count as
 # Chains
 
 
+def all_finite(values: Tensor) -> bool:
+    """Whether all values are finite, without a copy of them: none that is not is lost in their sum."""
+    return bool(values.sum().isfinite()) or bool(values.isfinite().all())
+
+
 def rhat(draws: Tensor) -> Tensor:
     """Rank-normalised split R-hat, the larger of bulk and folded: (C, S, ...) -> (...).
 
