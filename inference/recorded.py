@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .chains import below, cut_short, mapped, most_together
+from .chains import MANY_DEEP, below, cut_short, mapped, most_together
 from .density import Density
 from .engine import Draws, Run
 from .lanes import Lanes
@@ -81,6 +81,7 @@ def answer(density: Density, record: Record) -> Draws:
             *cut_short(len(which), asked, length, num_samples),
             *not_finite(stats["lp"]),
             *stuck(stats["lp"]),
+            *too_deep(stats),
         ),
         figures={name: torch.tensor(value) for name, value in record.figures.items()},
     )
@@ -102,6 +103,17 @@ def stuck(lp: Tensor) -> Iterator[str]:
             f"a chain stays far below the others at {_listed(lost)}: it is stuck; run a longer warm-up, or start it "
             "elsewhere (initial=...)"
         )
+
+
+def too_deep(stats: Mapping[str, Tensor]) -> Iterator[str]:
+    """Data at which many trajectories were cut short; of samplers that do not say, nothing."""
+    if "reached_max_treedepth" in stats:
+        deep = stats["reached_max_treedepth"].double().mean((0, 1)).reshape(-1) > MANY_DEEP
+        if bool(deep.any()):
+            yield (
+                f"more than {MANY_DEEP:.0%} of the trajectories were cut short at max_tree_depth at {_listed(deep)}: "
+                "raise it, or reparameterise the model"
+            )
 
 
 def _listed(which: Tensor) -> str:

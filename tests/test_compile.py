@@ -435,10 +435,11 @@ def test_a_program_whose_branches_depend_on_its_latents_stays_eager_and_right():
             assert gradient.item() == pytest.approx(float(-u + scale * (X - scale * u).sum()), rel=1e-12)
 
 
-def test_another_shape_is_traced_anew():
-    density = Density(Problem(mixture, args=(X,)))
+@pytest.mark.parametrize("backend", ["auto", "graph"])
+def test_another_shape_is_traced_anew(backend):
+    density = Density(Problem(mixture, args=(X,)), backend=backend)
     with density, torch.no_grad():
-        for shape in ((2,), (3, 2), (2,)):
+        for shape in ((2,), (3, 2), (5, 2), (2,)):
             u = torch.randn(shape, dtype=F64)
             for a, b in zip(density.compiled_value_and_grad(u)(u), density.value_and_grad(u), strict=True):
                 assert a.shape == b.shape

@@ -114,6 +114,15 @@ def test_broken_chains_are_bad(harm, told):
     assert "nan" not in found.verdict
 
 
+def test_an_r_hat_that_is_no_number_is_not_below_its_limit():
+    """Chains that all jump once, half-way, from -1 to 1: no half varies, nor does the distance from the median."""
+    values = torch.ones(4, 100, 1, dtype=torch.float64)
+    values[:, :50] = -1
+    found = diagnose({"mu": values})
+    assert found.level == "bad"
+    assert "R-hat up to nan at mu[0] (should be < 1.01): chains disagree" in found.verdict
+
+
 def test_slow_chains_are_told_to_draw_more():
     """AR(1), rho = 0.95: 4,000 draws are worth about 100, below 400 and above 40."""
     noise = good_chains() * math.sqrt(1 - 0.95**2)

@@ -407,6 +407,14 @@ def test_tuning_finds_scale_and_step_and_then_stops():
     assert float(ratio.max()) < 1.4
 
 
+def test_tuning_of_trees_stops_with_the_warm_up():
+    problem, *_ = conjugate(4)
+    first, longer = (infer(problem, NUTS(num_samples=n, warmup_steps=40), seed=1) for n in (20, 40))
+    assert torch.equal(first.draws["z"], longer.draws["z"][:, :20])
+    for name in ("step_size", "inverse_mass"):
+        assert torch.equal(first.state[name], longer.state[name])
+
+
 @pytest.mark.parametrize("name", ["nuts", "hmc"])
 def test_a_warm_start_goes_on_without_warm_up(name):
     problem, *_ = conjugate(40)
@@ -448,6 +456,60 @@ def test_open_spans_are_closed_in_order():
         found = {(edge[place], leaf) for place in np.flatnonzero(closes[leaf])}
         spans = {(first, first + 2**d - 1) for d in range(1, 5) for first in range(0, 16, 2**d)}
         assert found == {span for span in spans if span[1] == leaf}
+
+
+class Bowl:
+    """A normal target of sds 1 and 3, for kernels that ask lanes for it."""
+
+    precision = torch.tensor([1.0, 1 / 9], dtype=F64)
+
+    def evaluate(self, u, gradient=True):
+        return -0.5 * (u.square() * self.precision).sum(1, keepdim=True), (-u * self.precision)[:, None]
+
+
+def test_turns_of_spans_are_those_of_the_recursion():
+    """300 trees of up to 32 leaves, leaf by leaf: a tree is cut off where one of the spans that the leaf closes turns,
+    its momenta added up from edge to edge, and grows where none does."""
+    lanes, width, depth = Bowl(), 300, 5
+    ones = torch.ones(width, dtype=F64)
+    step, mass = 0.4 * ones, torch.ones(width, 2, dtype=F64)
+    u = torch.randn(width, 2, generator=torch.Generator().manual_seed(0), dtype=F64)
+    point = metropolis.Point(u, *lanes.evaluate(u))
+    none = torch.zeros(width, dtype=torch.int64)
+    tree = nuts.plant(point, metropolis.only, ones, mass, streams.keys(3, width), none, depth)
+    leaves = [[] for _ in range(width)]  # momenta of the subtree that grows
+    closed = turned = 0
+    while not bool(tree.done.all()):
+        momenta = metropolis.leapfrog(
+            lanes, metropolis.only, tree.at_u, tree.at_r, tree.at_slope, ones, tree.forward * step, mass
+        )[1]
+        new = nuts.grow(tree, lanes, metropolis.only, ones, step, mass, depth)
+        for lane in (~tree.done).nonzero()[:, 0].tolist():
+            own = leaves[lane] = [*leaves[lane], momenta[lane]]
+            spans = [own[-(2**d) :] for d in range(1, depth) if len(own) % 2**d == 0]
+            middle = [sum(span) - (span[0] + span[-1]) / 2 for span in spans]
+            turns = any(
+                float(m @ end) <= 0 for m, span in zip(middle, spans, strict=True) for end in span[:: len(span) - 1]
+            )
+            complete = len(own) == 2 ** int(tree.depth[lane])
+            joined = bool(new.log_weight[lane] > tree.log_weight[lane])
+            assert joined == (complete and not turns)
+            assert complete or bool(new.done[lane]) == turns
+            closed, turned = closed + len(spans), turned + turns
+            if complete:
+                leaves[lane] = []
+        tree = nuts.Tree(*(
+            torch.where(tree.done.reshape(-1, *[1] * (b.dim() - 1)), a, b) for a, b in zip(tree, new, strict=True)
+        ))  # fmt: skip
+    assert closed > 1000
+    assert turned > 50
+
+
+def test_trees_that_are_cut_short_are_told():
+    problem, *_ = conjugate(3)
+    posterior = infer(problem, NUTS(num_samples=30, warmup_steps=30, max_tree_depth=1), seed=1)
+    assert posterior.diagnostics.level in ("caution", "bad")
+    assert "cut short at max_tree_depth at data 0, 1, 2" in posterior.diagnostics.verdict
 
 
 def test_lanes_that_run_slower_than_they_could_say_so(monkeypatch):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pyrometer.inference import Laplace, Problem, Quadrature, infer, learn
 from pyrometer.inference.density import Density
+from pyrometer.inference.laplace import climb
 from pyrometer.models import conjugate_gaussian, eight_schools, ppca
 
 F64 = torch.float64
@@ -154,6 +155,15 @@ def test_sized_spends_about_what_it_is_given(calls):
     spent = cost.evaluations + cost.gradients
     assert spent < max(1.3 * calls, 100)
     assert spent > 0.4 * calls
+
+
+def test_second_derivatives_count_as_gradients():
+    """A step is a gradient and D more, at each of S points: without steps, S (1 + D)."""
+    with Density(eight_schools.problem()) as density:
+        before = dict(density.counts)
+        climb(density, density.log_joint, torch.zeros(3, density.dim, dtype=F64), num_steps=0)
+        assert density.counts["gradients"] - before["gradients"] == 3 * (1 + density.dim)
+        assert density.counts["evaluations"] == before["evaluations"]
 
 
 def test_discrete_latents_are_refused_in_words():

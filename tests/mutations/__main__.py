@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 
 from . import ROOT, Mutation, mutations
 
 PACKAGES = ("inference", "models", "benchmarks")
-LIMIT = 600  # seconds for one test
-PASSED, FAILED = 0, 1  # exit codes of pytest; others are errors, which see nothing
+# what takes seconds to import, and is not ours: read once, by the process that all others are forked from
+OTHERS = ("pytest", "torch", "pyro", "arviz", "xarray", "h5netcdf", "scipy.stats", "sklearn.ensemble", "nutpie", "rich")
+LIMIT = 600.0  # seconds for one test: a run without an end is seen
+PASSED, FAILED, AWRY = 0, 1, 99  # exit codes; others of pytest's are errors, which see nothing
 
 
 class Tree:
@@ -33,35 +37,59 @@ class Tree:
         (self.namespace / "pyrometer").mkdir(parents=True)
         for name in PACKAGES:
             (self.namespace / "pyrometer" / name).symlink_to(folder / name)
-        found = self.run([sys.executable, "-c", "import pyrometer.inference as i; print(i.__file__)"])
-        if not Path(found.stdout.strip()).resolve().is_relative_to(folder.resolve()):
-            raise SystemExit(f"the copy in {folder} is not what would be tested: {found.stdout}{found.stderr}")
 
-    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
-        environment = {
-            **os.environ, "PYTHONPATH": str(self.namespace), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"
-        }  # fmt: skip
-        return subprocess.run(
-            command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=LIMIT, check=False
-        )
+    def start(self, nodes: Iterable[str], *options: str) -> ForkProcess:
+        """The tests of these nodes, up to the first that fails, in a process of their own."""
+        arguments = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider", *options, *(f"tests/{node}" for node in nodes)]
+        process = multiprocessing.get_context("fork").Process(target=self._run, args=(arguments,))
+        process.start()
+        return process
 
-    def test(self, *nodes: str) -> subprocess.CompletedProcess[str]:
-        """The tests of these nodes, up to the first that fails."""
-        options = ["-x", "-q", "--tb=no", "-p", "no:cacheprovider"]
-        return self.run([sys.executable, "-m", "pytest", *options, *(f"tests/{node}" for node in nodes)])
+    def _run(self, arguments: list[str]) -> None:
+        import pytest
 
-    def judge(self, mutation: Mutation) -> str:
-        """'' where the test sees the bug; else what came of it, in words."""
-        path = self.folder / mutation.file
-        whole = path.read_text()
-        path.write_text(mutation.planted(self.folder))
-        try:
-            code = self.test(mutation.test).returncode
-        except subprocess.TimeoutExpired:
-            return ""  # a run without an end is seen
-        finally:
-            path.write_text(whole)
-        return {FAILED: "", PASSED: "survived"}.get(code, f"not tested: pytest ended with code {code}")
+        os.setpgid(0, 0)  # what it starts ends with it
+        os.chdir(self.folder)
+        sys.path[:] = [str(self.namespace), *(p for p in sys.path if Path(p or ".").resolve() != ROOT)]
+        sys.dont_write_bytecode = True
+        os.environ |= {"PYTHONPATH": str(self.namespace), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        with open(self.folder / "output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+            code = int(pytest.main(arguments))
+            import pyrometer.inference as tested
+
+            sys.stdout.flush()
+            os._exit(code if Path(str(tested.__file__)).is_relative_to(self.folder.resolve()) else AWRY)
+
+
+def judged(todo: Iterable[Mutation], trees: list[Tree]) -> Iterator[tuple[Mutation, str, float]]:
+    """Each bug, '' where its test sees it, else what came of it in words, and the seconds that it took."""
+    free, waiting = list(trees), iter(todo)
+    busy: dict[int, tuple[Tree, Mutation, str, ForkProcess, float]] = {}
+    while True:
+        while free and (mutation := next(waiting, None)) is not None:
+            tree = free.pop()
+            path = tree.folder / mutation.file
+            whole = path.read_text()
+            path.write_text(mutation.planted(tree.folder))
+            process = tree.start([mutation.test])
+            busy[process.sentinel] = (tree, mutation, whole, process, time.perf_counter())
+        if not busy:
+            return
+        ended = set(wait(list(busy), timeout=1.0))
+        for sentinel, (tree, mutation, whole, process, start) in list(busy.items()):
+            seconds = time.perf_counter() - start
+            if sentinel not in ended and seconds < LIMIT:
+                continue
+            if late := sentinel not in ended:
+                os.killpg(process.pid or 0, 9)
+            process.join()
+            del busy[sentinel]
+            free.append(tree)
+            (tree.folder / mutation.file).write_text(whole)
+            fault = f"not tested: pytest ended with code {process.exitcode}"
+            yield mutation, "" if late else {FAILED: "", PASSED: "survived"}.get(process.exitcode or 0, fault), seconds
 
 
 def chosen(names: Iterable[str]) -> list[Mutation]:
@@ -78,28 +106,20 @@ def main() -> int:
     parser.add_argument("--only-bugs", action="store_true", help="do not run the tests without bugs first")
     arguments = parser.parse_args()
     every = chosen(arguments.names)
-    todo = [m for m in every if m.test]
+    todo, lost = [m for m in every if m.test], []
+    for module in OTHERS:
+        importlib.import_module(module)
     with tempfile.TemporaryDirectory() as scratch:
         trees = [Tree(Path(scratch) / str(number)) for number in range(max(1, arguments.jobs))]
         if not arguments.only_bugs:
-            clean = trees[0].run([sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-                                  *sorted({f"tests/{m.test}" for m in todo})])  # fmt: skip
-            if clean.returncode != PASSED:
-                print(clean.stdout[-3000:], clean.stderr[-3000:])
+            clean = trees[0].start(sorted({m.test for m in todo}))
+            clean.join()
+            if clean.exitcode != PASSED:
+                print((trees[0].folder / "output").read_text()[-3000:])
                 raise SystemExit("the tests fail without any bug")
-
-        def judged(mutation: Mutation) -> tuple[Mutation, str, float]:
-            tree, start = trees.pop(), time.perf_counter()
-            try:
-                return mutation, tree.judge(mutation), time.perf_counter() - start
-            finally:
-                trees.append(tree)
-
-        lost = []
-        with ThreadPoolExecutor(len(trees)) as pool:
-            for mutation, fault, seconds in pool.map(judged, todo):
-                print(f"{mutation.name:<40} {fault or 'seen':<12} {seconds:6.1f} s  {mutation.test}", flush=True)
-                lost += [mutation.name] * bool(fault)
+        for mutation, fault, seconds in judged(todo, trees):
+            print(f"{mutation.name:<40} {fault or 'seen':<12} {seconds:6.1f} s  {mutation.test}", flush=True)
+            lost += [mutation.name] * bool(fault)
     print(f"{len(todo) - len(lost)} of {len(todo)} bugs are seen; {len(every) - len(todo)} are equivalent")
     if lost:
         print(f"not seen: {', '.join(lost)}")
