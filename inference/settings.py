@@ -51,22 +51,22 @@ def settings(cls: type[T]) -> type[T]:
         for key in kwargs:
             if key not in names:
                 raise ProblemError(f"{cls.__name__} has no setting {key!r}. {_nearest(key, names)}")
+        for name in counts:  # before anything is done with them
+            if name in kwargs:
+                check_count(cls, name, kwargs[name])
         plain(self, **kwargs)
-        for name in counts:
-            check_count(self, name)
 
     cls.__init__ = checked_init  # type: ignore[method-assign]
     return cls
 
 
-def check_count(engine: Any, name: str) -> None:
+def check_count(kind: type, name: str, value: Any) -> None:
     """A count is a whole number of at least 1 (warmup_steps: 0); None stays None where it is the default."""
-    value = getattr(engine, name)
-    if value is None and getattr(type(engine), name, 0) is None:
+    if value is None and getattr(kind, name, 0) is None:
         return
     least = 0 if name == "warmup_steps" else 1
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < least:
-        raise ProblemError(f"{type(engine).__name__}({name}={value!r}): expected a whole number of at least {least}.")
+        raise ProblemError(f"{kind.__name__}({name}={value!r}): expected a whole number of at least {least}.")
 
 
 def check_positive(engine: Any, *names: str) -> None:
