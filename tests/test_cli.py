@@ -205,6 +205,26 @@ def test_output_survives_a_terminal_without_unicode():
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("language", ["C", pytest.param("de_DE.UTF-8", marks=pytest.mark.slow)])
+def test_a_run_needs_no_home_no_language_and_no_plain_path(language, tmp_path):
+    """No terminal, a home that is not there, a folder with blanks and umlauts, a relative path, and a language of
+    seven bits or of decimal commas."""
+    folder = tmp_path / "a folder of Müller's"
+    folder.mkdir()
+    named = {"HOME": str(tmp_path / "no home"), "XDG_CACHE_HOME": "", "LC_ALL": language, "LANG": language}
+    done = subprocess.run(
+        [sys.executable, "-m", "pyrometer.benchmarks", "compare", "conjugate_gaussian", *QUICK, "--json", "é.json"],
+        capture_output=True, text=True, check=False, cwd=folder, stdin=subprocess.DEVNULL,
+        env={**os.environ, **named}, encoding="utf-8", errors="replace",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    (written,) = folder.iterdir()
+    read = json.loads(written.read_text(encoding="utf-8"))
+    assert read["rows"][0]["status"]["state"] == "done"
+    assert not re.search(r"\d,\d", done.stdout)
+
+
 def test_list_describes_every_model_engine_and_learner():
     from pyrometer.inference.registry import engines, learners
     from pyrometer.models import families
