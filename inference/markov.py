@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .density import Density
 from .problem import ProblemError
-from .program import SOMETIMES
+from .program import SOMETIMES, Site
 from .rolled import Group, RollError, rolled
 
 CYCLE = 3  # neighbours in time have dimensions of their own, and so has the one before them, to see that it is not used
@@ -39,7 +39,7 @@ class _Laid(Messenger):
 
     def __init__(self, density: Density) -> None:
         super().__init__()
-        self.sites = density.sites
+        self.sites, self.dtype = density.sites, density.dtype
         self.first = -1 - max((-p.dim for s in self.sites.values() for p in s.plates), default=0)
         self.order: list[str] = []
         self.terms: list[tuple[int, str, Tensor]] = []
@@ -53,8 +53,7 @@ class _Laid(Messenger):
         name: str = msg["name"]
         if name not in self.sites:
             raise ProblemError(SOMETIMES.format(name))
-        support = self.sites[name].support
-        assert support is not None
+        support = _states(self.sites[name], self.dtype)
         self.order.append(name)
         left = -self.dim(len(self.order) - 1) - 1
         msg["value"] = support.reshape(len(support), *[1] * left, *support.shape[1:])
@@ -66,6 +65,12 @@ class _Laid(Messenger):
         value = scale_and_mask(fn.log_prob(msg["value"]), msg["scale"], msg["mask"])
         value = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape))
         self.terms.append((max(0, len(self.order) - 1), msg["name"], value))
+
+
+def _states(site: Site, dtype: torch.dtype) -> Tensor:
+    """The states of a latent, (k, *event), in the precision of the run: they were listed in the user's own."""
+    assert site.support is not None
+    return site.support.to(dtype) if site.support.is_floating_point() else site.support
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,8 +240,7 @@ class Chain:
         found, batch = {}, tuple(self.density.batch_shape)
         for t, name in enumerate(self.sites):
             site = self.density.latents[name]
-            assert site.support is not None
-            value = site.support[paths[:, :, t]]
+            value = _states(site, self.density.dtype)[paths[:, :, t]]
             found[name] = value.reshape(len(paths), *batch, *site.inner_shape, *value.shape[2:])
         return found
 
