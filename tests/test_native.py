@@ -867,7 +867,7 @@ def test_an_index_is_a_copy_that_nobody_else_writes():
     expected = index.clone()
     function = lambda x, y: (x[index], torch.zeros_like(x).index_add(0, index, y))  # noqa: E731
     made = native(function, (real(5)(), real(32)()))
-    index.fill_(2**40)
+    index.fill_(3)
     x, y = real(5)(), real(32)()
     taken, summed = made(x, y)
     assert torch.equal(taken, x[expected])
