@@ -53,6 +53,7 @@ AT_ONCE = 1000  # data of one inference, at most
 SUMMARISED = 200  # data sets that tell what data are like on average
 BINS, PER_BIN = 20, 25
 APART = 2.0  # draws that are kept stand this many autocorrelation times apart
+HEAVIEST = 1 / 8  # of a rule's points: ranks among draws of fewer, heavier ones come in lumps that are to be seen
 
 
 @dataclass(frozen=True)
@@ -220,6 +221,11 @@ class _Simulator:
         if not posterior.status.done:
             ranked.fail(posterior.status.reason, self.data)
             return
+        if self.density.continuous and _heaviest(posterior) > HEAVIEST:
+            raise ProblemError(
+                f"{posterior.engine} answers with the points of a rule, which are no draws, and too few to rank a "
+                "latent among: its moments may be exact all the same. Take more points."
+            )
         with isolated(seeds[2]), torch.no_grad(), self.density:
             values, kept = _near_independent(posterior, ranked.draws, self.entries)
             joined = {n: torch.cat([truth[n].to(v)[None], v]) for n, v in values.items() if n in self.density.latents}
@@ -297,7 +303,7 @@ def _near_independent(
     if posterior.kind == "weighted":
         weights = posterior.weights().flatten(0, 1).reshape(total, number)
         worth = 1 / weights.square().sum(0)
-        if "ess" not in posterior.diagnostics.figures:  # points of a rule: any number of draws can be made of them
+        if _is_rule(posterior):  # any number of draws can be made of its points
             worth = torch.full_like(worth, math.inf)
         kept = _count(worth, most, most)
         index = torch.multinomial(weights.T, most, replacement=True).T  # (L, data)
@@ -318,6 +324,16 @@ def _near_independent(
         wide = index.reshape(index.shape + (1,) * (flat.dim() - index.dim()))
         draws[name] = flat.gather(0, wide.expand(most, *flat.shape[1:]))
     return draws, kept
+
+
+def _is_rule(posterior: Posterior) -> bool:
+    """Whether the draws are the weighted points of a rule, without sampling error."""
+    return posterior.kind == "weighted" and "ess" not in posterior.diagnostics.figures
+
+
+def _heaviest(posterior: Posterior) -> float:
+    """The largest weight among the points of a rule, of the median datum; 0 where they are draws."""
+    return float(posterior.weights().flatten(0, 1).amax(0).median()) if _is_rule(posterior) else 0.0
 
 
 def _count(worth: Tensor, most: int, total: int) -> Tensor:

@@ -6,10 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import torch
 from pyro import poutine
 from torch import Tensor
 
 from .density import Density
+from .engine import seed_all
 from .problem import Problem, ProblemError
 
 Place = int | str  # of an argument: its position, or its name
@@ -42,18 +45,91 @@ def as_arguments(density: Density, drawn: dict[str, Tensor], places: dict[str, P
     return data
 
 
+def observing_parts(density: Density) -> dict[str, tuple[Place, Tensor]]:
+    """Observed site -> the argument that its data lie in, and they as a view of it: all of it, or a part, as x[:, t] is
+    of x. Raises `ProblemError` where they are no part of an argument, or two sites share an entry."""
+    places, _ = observing_arguments(density)
+    trace = poutine.trace(density.problem.model).get_trace(*density.args, **density.kwargs)
+    held: list[tuple[Place, Any]] = [*enumerate(density.args), *density.kwargs.items()]
+    tensors = {place: v for place, v in held if isinstance(v, Tensor) and v.is_contiguous()}
+    taken = {place: torch.zeros_like(v, dtype=torch.int32) for place, v in tensors.items()}
+    parts: dict[str, tuple[Place, Tensor]] = {}
+    for name, site in density.sites.items():
+        if site.role != "observed":
+            continue
+        value = trace.nodes[name]["value"]
+        if name in places:
+            parts[name] = places[name], held_at(density, places[name])
+            continue
+        for place, v in tensors.items():
+            if v.numel() and _lies_in(value, v):
+                _part(taken[place], v, value).add_(1)
+                parts[name] = place, value
+        whole = [place for place, v in parts.values() if v is held_at(density, place)]
+        shared = name in parts and (bool((taken[parts[name][0]] > 1).any()) or parts[name][0] in whole)
+        if name not in parts or shared:
+            raise ProblemError(
+                f"no argument alone holds the data of site {name!r}: observe an argument as it is passed (obs=x), or a "
+                "part of it that no other site observes (obs=x[:, t])."
+            )
+    return parts
+
+
+def held_at(density: Density, place: Place) -> Tensor:
+    return density.args[place] if isinstance(place, int) else density.kwargs[place]
+
+
 def simulated(density: Density) -> tuple[dict[Place, Tensor], dict[str, Tensor]]:
     """As many data drawn from the model at theta as there are, as arguments, and the latents that they were drawn
-    with, site -> (*batch, *event). Raises `ProblemError` where the model cannot be drawn from, or an argument does not
-    hold the data alone."""
-    places, lost = observing_arguments(density)
-    if lost:
-        raise ProblemError(
-            f"no argument alone holds the data of site {lost!r}: observe an argument as it is passed (obs=x)."
-        )
-    drawn = {name: value[0] for name, value in density.simulate(1).items()}
-    latents = {name: value for name, value in drawn.items() if name in density.latents}
-    return as_arguments(density, drawn, places), latents
+    with, site -> (*batch, *event).
+
+    A model may draw data given earlier data, which it reads from its arguments: they are drawn again, by the same
+    random numbers, given those of the time before, until that changes nothing. Raises `ProblemError` where it does not
+    end so, the model cannot be drawn from, or arguments do not hold the data alone.
+    """
+    parts = observing_parts(density)
+    seed = np.random.SeedSequence(int(torch.randint(2**62, ())))
+    data: dict[Place, Tensor] = {}
+    for _ in range(len(parts) + 2):
+        seed_all(seed)
+        with density.substituted(data):
+            drawn = {name: value[0] for name, value in density.simulate(1).items()}
+        before, data = data, _filled(density, drawn, parts)
+        if (before or not parts) and all(torch.equal(before[place], new) for place, new in data.items()):
+            return data, {name: value for name, value in drawn.items() if name in density.latents}
+    raise ProblemError(
+        "data cannot be drawn from the model, which reads them for more than to observe them in their order, or has "
+        "random numbers of its own."
+    )
+
+
+def _filled(
+    density: Density, drawn: Mapping[str, Tensor], parts: Mapping[str, tuple[Place, Tensor]]
+) -> dict[Place, Tensor]:
+    """Copies of the arguments, with drawn data where theirs were."""
+    data: dict[Place, Tensor] = {}
+    for name, (place, value) in parts.items():
+        held, site = held_at(density, place), density.sites[name]
+        new = site.to_pyro(drawn[name], site.event_dim).reshape(value.shape).to(held)
+        if value is held:
+            data[place] = new
+        else:
+            _part(data.setdefault(place, held.clone()), held, value).copy_(new)
+    return data
+
+
+def _lies_in(value: Any, held: Tensor) -> bool:
+    """Whether one tensor is a view of another, of the same kind of numbers."""
+    return (
+        isinstance(value, Tensor)
+        and value.dtype == held.dtype
+        and value.untyped_storage().data_ptr() == held.untyped_storage().data_ptr()
+    )
+
+
+def _part(copy: Tensor, held: Tensor, value: Tensor) -> Tensor:
+    """The part of a copy of `held` that `value` is of `held`, a view."""
+    return copy.as_strided(value.shape, value.stride(), value.storage_offset() - held.storage_offset())
 
 
 def observing(problem: Problem, data: Mapping[Place, Tensor]) -> Problem:

@@ -19,8 +19,9 @@ from pyrometer.benchmarks.calibrate import calibrate, smallest_seen, uniformity
 from pyrometer.benchmarks.cli import main
 from pyrometer.inference import NUTS, SMC, SVI, Enumeration, ImportanceSampling, Problem, ProblemError
 from pyrometer.inference.density import Density
-from pyrometer.inference.engine import Draws
+from pyrometer.inference.engine import Draws, isolated
 from pyrometer.inference.settings import settings
+from pyrometer.inference.twin import simulated
 from pyrometer.models import conjugate_gaussian, eight_schools, gaussian_mixture, ppca
 
 PROBLEM = repeated()
@@ -261,6 +262,48 @@ def test_a_model_that_cannot_be_simulated_is_refused():
 
     with pytest.raises(ProblemError, match="alone holds the data"):
         calibrate(Problem(model, args=(torch.ones(3),)), ImportanceSampling(proposal="prior"))
+
+
+def sequence(x):
+    """Three observations of a datum, each a part of x, and each a draw given the one before."""
+    with pyro.plate("data", len(x)):
+        last = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+        for t in range(3):
+            pyro.sample(f"x_{t}", dist.Gamma(1 + last.abs(), 2.0), obs=x[:, t])
+            last = x[:, t]
+
+
+def test_data_may_be_parts_of_an_argument_and_be_drawn_given_earlier_ones():
+    """Means of 20,000 sequences against the law drawn by hand, |z| < 4.9; the last columns, which are nobody's data,
+    stay as they are."""
+    x = torch.ones(20_000, 5, dtype=F64)
+    with Density(Problem(sequence, args=(x,))) as density, torch.no_grad(), isolated(3):
+        data, truth = simulated(density)
+        last = torch.randn(20_000, dtype=F64)
+        for t in range(3):
+            last = torch._standard_gamma(1 + last.abs()) / 2
+            error = ((last.var() + data[0][:, t].var()) / 20_000).sqrt()
+            assert abs(float((data[0][:, t].mean() - last.mean()) / error)) < 4.9
+    assert float(torch.corrcoef(torch.stack([truth["z"].abs(), data[0][:, 0]]))[0, 1]) > 0.3
+    assert bool((data[0][:, 3:] == 1).all())
+    assert bool((x == 1).all())
+    found = calibrate(Problem(sequence, args=(x[:20],)), ImportanceSampling(proposal="prior"), replicates=1000)
+    assert found.state == "passed", str(found)
+
+
+def test_data_that_cannot_be_told_from_other_arguments_are_refused():
+    def twice(x):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("a", dist.Normal(z, 1.0).expand([2]).to_event(1), obs=x[:2])
+        pyro.sample("b", dist.Normal(z, 1.0).expand([2]).to_event(1), obs=x[1:])
+
+    def centred(x):
+        z = pyro.sample("z", dist.Normal(x.mean(), 1.0))
+        pyro.sample("x", dist.Normal(z, 1.0).expand([3]).to_event(1), obs=x)
+
+    for model, words in ((twice, "that no other site observes"), (centred, "more than to observe them")):
+        with pytest.raises(ProblemError, match=words):
+            calibrate(Problem(model, args=(torch.ones(3, dtype=F64),)), ImportanceSampling(proposal="prior"))
 
 
 def test_simulations_leave_deterministic_sites_alone():

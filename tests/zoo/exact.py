@@ -327,7 +327,7 @@ def noisy_or() -> Entry:
         silent = v["q"] * np.prod(1 - on + on * fails)  # linear in q, so that the sum over causes is a factor
         return stats.beta.logpdf(v["q"], 3, 2) + x.sum() * np.log1p(-silent) + (1 - x).sum() * np.log(silent)
 
-    t = GRID / 2  # in logits, where the density is smooth and vanishes at both ends
+    t = GRID  # in logits, where the density is smooth and vanishes at both ends: by e^-28, at e^-14 it would not do
     q = 1 / (1 + np.exp(-t))
     with_jacobian = log_joint({"q": q}, {}, x) + np.log(q) - t - np.logaddexp(0, -t)
     in_logits = Tabulated(t, with_jacobian)
