@@ -41,6 +41,8 @@ from pyrometer.inference import (
 )
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import Run, isolated
+from pyrometer.inference.engines import importance_sampling
+from pyrometer.inference.kernels import metropolis
 
 RUNS = 64
 COUNTED = ("beta_bernoulli", "gamma_poisson", "dirichlet_multinomial", "noisy_or", "topics")  # data that can be equal
@@ -133,8 +135,7 @@ def _weighted(w: np.ndarray, share: np.ndarray, points: list[float]) -> np.ndarr
     return np.array([float((share * f).sum()) for f in functions])
 
 
-def assert_exact(label: str, name: str) -> None:
-    found = judged(label, name)
+def assert_exact(label: str, name: str, found: Judged | str) -> None:
     if isinstance(found, str):
         pytest.skip(found)
     count = CHAINS if found.off is None else RUNS
@@ -155,13 +156,13 @@ def assert_exact(label: str, name: str) -> None:
 
 @pytest.mark.parametrize(("label", "name"), QUICK)
 def test_moments_and_evidence_are_exact(label, name):
-    assert_exact(label, name)
+    assert_exact(label, name, judged(label, name))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("label", "name"), served())
 def test_moments_and_evidence_are_exact_over_the_zoo(label, name):
-    assert_exact(label, name)
+    assert_exact(label, name, judged(label, name))
 
 
 @pytest.mark.slow
@@ -174,6 +175,48 @@ def test_errors_are_as_large_as_they_should_be_over_the_zoo(label):
     assert t.size >= 280
     assert 0.7 < (t**2).mean() < 1.4
 
+
+# -- bugs that these tests must find ---------------------------------------------------------------------------------
+
+
+def weights_in_part(monkeypatch):
+    """The exponent of a temperature on weights that should be whole; the evidence is left as it is."""
+    plain = importance_sampling.Draws
+
+    def wrong(values, kind, log_weights, *others, **more):
+        return plain(values, kind, 0.7 * log_weights, *others, **more)
+
+    monkeypatch.setattr(importance_sampling, "Draws", wrong)
+
+
+def evidence_three_percent_too_large(monkeypatch):
+    plain = importance_sampling.evidence_from_weights
+    monkeypatch.setattr(
+        importance_sampling, "evidence_from_weights", lambda w: (lambda e: replace(e, value=e.value + 0.03))(plain(w))
+    )
+
+
+def heavy_momenta(monkeypatch):
+    """Drawn with a variance of 1, weighed in the accept step as if it were 1.2."""
+    plain = metropolis.kinetic
+    monkeypatch.setattr(metropolis, "kinetic", lambda *args: plain(*args) / 1.2)
+
+
+@pytest.mark.parametrize(
+    ("label", "name", "bug"),
+    [
+        ("importance", "asymmetric", weights_in_part),
+        ("importance", "asymmetric", evidence_three_percent_too_large),
+        ("hmc", "correlated", heavy_momenta),
+    ],
+)
+def test_a_planted_bug_is_found(label, name, bug, monkeypatch):
+    bug(monkeypatch)
+    with pytest.raises(AssertionError):
+        assert_exact(label, name, judged.__wrapped__(label, name))
+
+
+# -- a rule has no seeds ---------------------------------------------------------------------------------------------
 
 SMOOTH = dict.fromkeys(EXACT, 48) | {"normal_inverse_gamma": 32, "local_level": 1}
 
