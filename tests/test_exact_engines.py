@@ -21,6 +21,7 @@ import arviz as az
 import numpy as np
 import pytest
 import torch
+from annealed import gamma_poisson
 from scipy import stats
 from test_moments import CHAINS, QUANTILES, moments, t_values
 from zoo import EXACT
@@ -37,6 +38,7 @@ from pyrometer.inference import (
     Quadrature,
     RandomWalk,
     RejectionSampling,
+    infer,
     why_not,
 )
 from pyrometer.inference.density import Density
@@ -174,6 +176,28 @@ def test_errors_are_as_large_as_they_should_be_over_the_zoo(label):
     print(f"{label}: mean t^2 {np.mean(t**2):.2f} of {t.size}")
     assert t.size >= 280
     assert 0.7 < (t**2).mean() < 1.4
+
+
+SLOPES = {
+    "smc": SMC(num_temperatures=6, kernel="random_walk", num_moves=2),
+    "annealed importance": AnnealedImportance(num_temperatures=10, kernel="random_walk"),
+    "rejection": RejectionSampling(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("label", SLOPES)
+def test_the_variance_of_the_evidence_falls_as_one_over_n(label):
+    """Slope of log variance against log N over N = 100, 1,000, 10,000, 128 runs each: -1 +/- 0.2, of which 0.04 are
+    chance. `test_engines.py` has importance sampling's, `test_particle_filter.py` the particle filter's."""
+    copies, counts, variances = gamma_poisson(128), (100, 1000, 10_000), []
+    for count in counts:
+        posterior = infer(copies.problem, replace(SLOPES[label], num_samples=count), seed=1)
+        assert posterior.status.done, posterior.status
+        variances.append(float((posterior.log_evidence.value - copies.log_evidence).var()))
+    slope = float(np.polyfit(np.log(counts), np.log(variances), 1)[0])
+    print(f"{label}: slope {slope:.3f}")
+    assert abs(slope + 1) < 0.2, slope
 
 
 # -- bugs that these tests must find ---------------------------------------------------------------------------------
