@@ -39,8 +39,7 @@ def as_arguments(density: Density, drawn: dict[str, Tensor], places: dict[str, P
     """Simulated data as the arguments that they stand for."""
     data = {}
     for name, place in places.items():
-        held: Tensor = density.args[place] if isinstance(place, int) else density.kwargs[place]
-        site = density.sites[name]
+        held, site = held_at(density, place), density.sites[name]
         data[place] = site.to_pyro(drawn[name], site.event_dim).reshape(held.shape).to(held.dtype)
     return data
 
@@ -76,6 +75,7 @@ def observing_parts(density: Density) -> dict[str, tuple[Place, Tensor]]:
 
 
 def held_at(density: Density, place: Place) -> Tensor:
+    """The argument at a place."""
     return density.args[place] if isinstance(place, int) else density.kwargs[place]
 
 

@@ -89,10 +89,9 @@ CASES: dict[str, tuple[Callable[[], Problem], Any, Callable[..., Tensor], dict[s
         {},
     ),
 }
-QUICK = ("rejection", "gibbs")
 
 
-@pytest.mark.parametrize("case", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in CASES])
+@pytest.mark.parametrize("case", [pytest.param(n, marks=() if n == "gibbs" else pytest.mark.slow) for n in CASES])
 def test_fishers_identity_holds_on_average(case):
     make, engine, log_likelihood, theta = CASES[case]
     problem = make()
