@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Callable[[], Problem], Any, Callable[..., Tensor], dict[s
     ),
     "particle filter": (
         lambda: linear_gaussian_ssm.problem(num_steps=4),
-        ParticleFilter(num_samples=2000),
+        ParticleFilter(num_samples=4000),
         kalman_log_likelihood,
         {"transition_scale": torch.tensor([0.8], dtype=F64)},
     ),
