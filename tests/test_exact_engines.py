@@ -60,7 +60,7 @@ ENGINES: dict[str, tuple[Any, tuple[str, ...]]] = {
     "abc": (ABC(num_samples=200, tolerance=0, num_simulations=400_000), COUNTED),
     "particle filter": (ParticleFilter(num_samples=1000), ("hidden_markov",)),
     "particle marginal": (
-        ParticleMarginalMetropolis(num_samples=1500, warmup_steps=200, num_particles=20),
+        ParticleMarginalMetropolis(num_samples=3000, warmup_steps=300, num_particles=20),
         ("hidden_markov",),
     ),
 }
