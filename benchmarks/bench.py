@@ -17,7 +17,7 @@ import signal
 import statistics
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -212,13 +212,13 @@ def _threads(todo: list[Task], store: Store, jobs: int, limit: float, memory: fl
 class _Line:
     """Which task a process does next: of the problem that it has at hand, so that problem and truth are worked out
     once; else of one that no other process is at; else where most is left. The dearest come first, so that a run ends
-    with what is short."""
+    with what is short, and equals in the order in which they were given."""
 
     def __init__(self, todo: Iterable[Task]) -> None:
         self._lock = threading.Lock()
-        self._left: dict[tuple[str, str], list[Task]] = defaultdict(list)
+        self._left: dict[tuple[str, str], deque[Task]] = defaultdict(deque)
         self._hands: Counter[tuple[str, str]] = Counter()
-        for task in sorted(todo, key=_size):
+        for task in sorted(todo, key=_size, reverse=True):
             self._left[_place(task)].append(task)
 
     def next(self, last: Task | None) -> Task | None:
@@ -229,12 +229,12 @@ class _Line:
             if not left:
                 return None
             if before in left:
-                return left[before].pop()
+                return left[before].popleft()
             if before is not None:
                 self._hands[before] -= 1
             place = min(left, key=lambda place: (self._hands[place], -sum(map(_size, left[place]))))
             self._hands[place] += 1
-            return left[place].pop()
+            return left[place].popleft()
 
 
 def _place(task: Task) -> tuple[str, str]:

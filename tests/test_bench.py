@@ -306,11 +306,12 @@ def toy(scale: float) -> Problem:
 def test_a_process_stays_at_its_problem_and_the_dearest_cells_come_first():
     problems = {name: ("conjugate_gaussian", {"num_data": n}) for n, name in enumerate("abc", 1)}
     todo = tasks(grid(problems, ["svi"], budgets=[100, 400, 200], seeds=2))[1]
-    line, done, at = _Line(todo), [], {0: None, 1: None}
+    line, done, at, seeds = _Line(todo), [], {0: None, 1: None}, []
     for turn in range(len(todo)):
         worker = turn % 2
         at[worker] = line.next(at[worker])
         done.append((worker, at[worker].cell.problem, at[worker].cell.budget.calls))
+        seeds.append(at[worker].cell.seed)
     assert line.next(at[0]) is None
     assert line.next(None) is None
     assert len({task.name for task in todo}) == len(done)
@@ -320,6 +321,7 @@ def test_a_process_stays_at_its_problem_and_the_dearest_cells_come_first():
     assert by[0][6:] == by[1][6:] == ["c"] * 3, "at the end they share"
     assert [calls for worker, _, calls in done if worker == 0][:6] == [400, 400, 200, 200, 100, 100]
     assert [calls for _, problem, calls in done if problem == "c"] == [400, 400, 200, 200, 100, 100]
+    assert seeds[:12:2] == seeds[1:12:2] == [0, 1, 0, 1, 0, 1], "equals as they were given"
 
 
 def test_two_workers_give_what_one_process_gives(whole, tmp_path):
@@ -356,6 +358,11 @@ def run_program(program: Path, **environment: str) -> subprocess.CompletedProces
 def surroundings(**changes: str) -> dict[str, str]:
     paths = [str(Path(__file__).parent), *(path for path in sys.path if path)]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **changes}
+
+
+def heeded() -> None:
+    """In the background of a shell Ctrl-C is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_cell_without_budget_has_the_numbers_of_compare(tmp_path):
@@ -590,7 +597,7 @@ def test_ctrl_c_stops_within_five_seconds_and_keeps_what_is_finished(tmp_path, s
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "pyrometer.benchmarks", "bench", str(grid_file), "--out", str(out)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=surroundings(), preexec_fn=heeded,
     )  # fmt: skip
     began = time.monotonic()
     while not list(out.glob(f"*/{RECORD}")) and time.monotonic() - began < 60:
@@ -666,7 +673,7 @@ def test_the_command_runs_a_grid_is_quiet_and_says_what_came_of_it(tmp_path):
     assert {line["seed"] for line in lines} == {1, 2}
     for wrong, near in (
         (["--engines", "nutz"], "'nuts'"),
-        (["--models", "ppcs"], "'ppca'"),
+        (["--models", "eight_school"], "'eight_schools'"),
         (["--seeds", "x"], "whole"),
     ):
         mistake = CliRunner().invoke(main, ["bench", "smoke", "--out", str(out), *wrong])

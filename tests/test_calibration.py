@@ -179,7 +179,7 @@ def weights_dropped(monkeypatch):
 
 def paths_backwards(monkeypatch):
     plain = forward_backward.sampled
-    monkeypatch.setattr(forward_backward, "sampled", lambda f, n: (lambda z, p: (z.flip(2), p))(*plain(f, n)))
+    monkeypatch.setattr(forward_backward, "sampled", lambda *given: (lambda z, p: (z.flip(2), p))(*plain(*given)))
 
 
 def last_weights_dropped(monkeypatch):

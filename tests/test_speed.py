@@ -882,5 +882,5 @@ def test_names_mean_themselves_or_what_begins_with_them():
     assert cases.chosen([]) == cases.names()
     assert [tool.name for tool in tools.chosen(["pyro"], ["svi"])] == ["pyro"]
     for unknown in ("zzzz", "log", ""):
-        with pytest.raises(ProblemError, match="there are: eight-schools"):
+        with pytest.raises(ProblemError, match=r"there are: .*eight-schools"):
             cases.chosen([unknown])
