@@ -92,8 +92,9 @@ def em(case: ModuleType, plan: Plan) -> Prepared:
         fit = learn(problem, learner, seed=seed)
         if not fit.status.done:
             raise RuntimeError(str(fit.status))
-        seconds = float(fit.trail.seconds[-1] - fit.trail.seconds[0])  # of num_steps M-steps and as many E-steps
-        return Steps(case.NUM_STEPS, -float(fit.trail.value[-1]) / case.ROWS, seconds=seconds)
+        first, last = fit.trail.seconds[0], fit.trail.seconds[case.NUM_STEPS - 1]
+        each = float(last - first) / (case.NUM_STEPS - 1)  # an M-step and an E-step; the E-step after all draws, too
+        return Steps(case.NUM_STEPS, -float(fit.trail.value[-1]) / case.ROWS, seconds=each * case.NUM_STEPS)
 
     return Prepared(called, called)
 
