@@ -159,7 +159,16 @@ def diagnose(
         (finding for finding in findings if finding[0] != "good" or level == "good"),
         key=lambda finding: -LEVELS.index(finding[0]),
     )
-    return Diagnostics(figures, level, "; ".join(text for _, text in told), tuple(notes))
+    return Diagnostics(figures, level, _advised_once([text for _, text in told]), tuple(notes))
+
+
+def _advised_once(texts: list[str]) -> str:
+    """The findings one after the other, an advice that several end in with the first of them alone."""
+    told = "; ".join(texts)
+    for advice in (f": {NEW_GUIDE}", f": {NEW_PROPOSAL}"):
+        first, found, others = told.partition(advice)
+        told = first + found + others.replace(advice, "")
+    return told
 
 
 def _not_finite(draws: Mapping[str, Tensor]) -> list[Finding]:
