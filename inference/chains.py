@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .density import Density
 from .engine import Draws
+from .words import element, unravel
 
 FAR_BELOW = 5.0  # spreads of the log density that separate a chain from the others
 FEW = 20  # draws of a chain, below which its spread is not known
@@ -189,16 +190,6 @@ def crowded(where: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> list[s
         if abs(float(share[at]) - 0.5) > max(found, math.sqrt(25 / 12 / len(starts))):
             found = abs(float(share[at]) - 0.5)
             side, quantile = ("small", share[at]) if share[at] < 0.5 else ("large", 1 - share[at])
-            index = f"[{', '.join(map(str, _index(at, where[site].shape[1:])))}]" if where[site].dim() > 1 else ""
-            text = (
-                f"divergences crowd at {side} values of {site}{index}: on average in its outer {100 * quantile:.0f} %"
-            )
+            scalar = element(site, unravel(at, where[site].shape[1:]))
+            text = f"divergences crowd at {side} values of {scalar}: on average in its outer {100 * quantile:.0f} %"
     return [text] if text else []
-
-
-def _index(flat: int, shape: Sequence[int]) -> list[int]:
-    index = []
-    for size in reversed(shape):
-        flat, i = divmod(flat, size)
-        index.append(i)
-    return index[::-1]
