@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pyrometer.inference.storage import whole
 
 from .facts import plain
 
@@ -50,13 +51,6 @@ def write_json(record: Any, path: str | Path) -> Path:
     """Write plain data to one JSON file, whole or not at all; returns the path. Raises OSError."""
     path = Path(path)
     text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(path) as file:
+        file.write(text.encode())
     return path

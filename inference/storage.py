@@ -8,11 +8,12 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 from urllib.parse import quote
 
 import numpy as np
@@ -43,24 +44,32 @@ def save(posterior: Posterior, path: Path) -> Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; create it first.")
     header, arrays = _pack(posterior)
-    temporary = path.parent / f".{secrets.token_hex(8)}.tmp"
-    try:
-        content = io.BytesIO()  # HDF5 itself crashes on a disk that fills up
-        with h5netcdf.File(content, "w") as file:
-            file.attrs["pyrometer"] = to_json(header)
-            for group_name, tensors in arrays.items():
-                group = file.create_group(group_name)
-                for name, tensor in tensors.items():
-                    _write(group, _label(name), tensor)
-        with open(temporary, "xb") as handle:
-            handle.write(content.getbuffer())
-            handle.write(SEAL + hashlib.sha256(content.getbuffer()).digest())
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    content = io.BytesIO()  # HDF5 itself crashes on a disk that fills up
+    with h5netcdf.File(content, "w") as file:
+        file.attrs["pyrometer"] = to_json(header)
+        for group_name, tensors in arrays.items():
+            group = file.create_group(group_name)
+            for name, tensor in tensors.items():
+                _write(group, _label(name), tensor)
+    with whole(path) as handle:
+        handle.write(content.getbuffer())
+        handle.write(SEAL + hashlib.sha256(content.getbuffer()).digest())
     return path
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[IO[bytes]]:
+    """A file that appears at `path` whole or not at all: it is written under another name in the same folder, synced,
+    then renamed. Raises OSError."""
+    unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(unfinished, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def load(path: Path) -> Posterior:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import csv
 import hashlib
 import importlib
 import importlib.util
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +17,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from pyrometer.inference import ProblemError
+from pyrometer.inference.storage import whole
 
 from ..alarms import score
 from ..cell import Record
@@ -261,14 +262,7 @@ def _json_lines(file: IO[str], items: Iterable[Any]) -> None:
     file.write("[]\n" if separator == "[\n" else "\n]\n")
 
 
-def _write(path: Path, write: Callable[[IO[str]], Any]) -> None:
+def _write(path: Path, write: Callable[[Any], Any]) -> None:
     """Whole or not at all."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "x", encoding="utf-8", newline="") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(path) as file:
+        write(codecs.getwriter("utf-8")(file))
