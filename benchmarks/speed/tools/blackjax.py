@@ -11,7 +11,7 @@ import numpy as np
 
 from ..record import Draws, Plan
 from . import Prepared, Tool
-from .numpyro import devices, devices_x64, over_chains
+from .numpyro import devices, devices_x64, over_chains, over_data
 
 WARMUP = 1000  # the default of its window adaptation
 
@@ -65,7 +65,7 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
 
     data = {name: jnp.asarray(value) for name, value in case.data().items()}
     warmup = WARMUP if plan.warmup is None else plan.warmup
-    (name, shape), count = next(iter(case.SHAPES.items())), len(data["x"])
+    (shape,) = case.SHAPES.values()
 
     def chain(key: Any, x: Any) -> tuple[Any, Any]:
         def log_density(z: Any) -> Any:
@@ -83,15 +83,7 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
         _, (draws, steps) = jax.lax.scan(step, state, jax.random.split(draw, plan.draws))
         return draws, steps.sum() + tuned.info.num_integration_steps.sum()
 
-    all_chains = jax.jit(jax.vmap(jax.vmap(chain), in_axes=(0, None)))  # chains, data
-
-    def called(seed: int) -> Draws:
-        keys = jax.random.split(jax.random.PRNGKey(seed), plan.chains * count).reshape(plan.chains, count, -1)
-        draws, gradients = all_chains(keys, data["x"])
-        values = np.moveaxis(np.asarray(draws), 1, 2)  # (C, S, N, D)
-        return Draws({name: values}, warmup, int(np.sum(gradients)) // count)
-
-    return Prepared(called, called)
+    return over_data(chain, case, plan, data["x"], warmup)
 
 
 REQUIRES = {"blackjax": "blackjax", "jax": "jax"}

@@ -71,7 +71,7 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
 
     data = {name: jnp.asarray(value) for name, value in case.data().items()}
     warmup = WARMUP if plan.warmup is None else plan.warmup
-    (name, shape), count = next(iter(case.SHAPES.items())), len(data["x"])
+    (shape,) = case.SHAPES.values()
 
     def chain(key: Any, x: Any) -> tuple[Any, Any]:
         begin, move = hmc(lambda z: -case.log_joint(z, x, data, jnp), algo="NUTS")
@@ -90,15 +90,7 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
         _, (draws, steps) = jax.lax.scan(step, state, length=plan.draws)
         return draws, steps.sum() + tuned.sum()
 
-    all_chains = jax.jit(jax.vmap(jax.vmap(chain), in_axes=(0, None)))  # chains, data
-
-    def called(seed: int) -> Draws:
-        keys = jax.random.split(jax.random.PRNGKey(seed), plan.chains * count).reshape(plan.chains, count, -1)
-        draws, gradients = all_chains(keys, data["x"])
-        values = np.moveaxis(np.asarray(draws), 1, 2)  # (C, S, N, D)
-        return Draws({name: values}, warmup, int(np.sum(gradients)) // count)
-
-    return Prepared(called, called)
+    return over_data(chain, case, plan, data["x"], warmup)
 
 
 def gibbs(method: str, case: ModuleType, plan: Plan) -> Prepared:
@@ -123,6 +115,22 @@ def gibbs(method: str, case: ModuleType, plan: Plan) -> Prepared:
         sampler.run(jax.random.PRNGKey(seed))
         found = sampler.get_samples(group_by_chain=True)
         return Draws({name: np.asarray(found[name]) for name in case.SHAPES}, warmup)
+
+    return Prepared(called, called)
+
+
+def over_data(chain: Callable[[Any, Any], Any], case: ModuleType, plan: Plan, x: Any, warmup: int) -> Prepared:
+    """Chains of all data x (N, ...), all as one vector: `chain(key, datum)` answers with draws (S, D) and gradients."""
+    import jax
+
+    (name,), count = case.SHAPES, len(x)
+    all_chains = jax.jit(jax.vmap(jax.vmap(chain), in_axes=(0, None)))  # chains, data
+
+    def called(seed: int) -> Draws:
+        keys = jax.random.split(jax.random.PRNGKey(seed), plan.chains * count).reshape(plan.chains, count, -1)
+        draws, gradients = all_chains(keys, x)
+        values = np.moveaxis(np.asarray(draws), 1, 2)  # (C, S, N, D)
+        return Draws({name: values}, warmup, int(np.sum(gradients)) // count)
 
     return Prepared(called, called)
 
