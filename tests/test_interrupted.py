@@ -10,10 +10,9 @@ import textwrap
 
 import pytest
 import torch
-from test_lanes import conjugate
+from test_lanes import conjugate, narrow
 
-from pyrometer.inference import EM, HMC, NUTS, SMC, AnnealedImportance, RandomWalk, infer, learn, mcmc
-from pyrometer.inference.lanes import Lanes, log_joint
+from pyrometer.inference import EM, HMC, NUTS, SMC, AnnealedImportance, RandomWalk, infer, learn
 from pyrometer.inference.recorded import Record
 from pyrometer.models import conjugate_gaussian
 
@@ -29,9 +28,7 @@ DATA = 40
 def blocks(request, monkeypatch):
     """All 120 lanes side by side, or 48 at a time."""
     if request.param == "in blocks":
-        monkeypatch.setattr(mcmc, "SLOTS", 48)
-        monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 16)
-        monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 48, ()))
+        narrow(monkeypatch)
     return request.param
 
 

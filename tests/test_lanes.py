@@ -268,13 +268,18 @@ SMALL = {
 }
 
 
+def narrow(monkeypatch):
+    """48 lanes at a time."""
+    monkeypatch.setattr(mcmc, "SLOTS", 48)
+    monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 16)
+    monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 48, ()))
+
+
 @pytest.fixture(params=["together", "in blocks"])
 def blocks(request, monkeypatch):
     """All lanes side by side, or 48 of the 160 at a time."""
     if request.param == "in blocks":
-        monkeypatch.setattr(mcmc, "SLOTS", 48)
-        monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 16)
-        monkeypatch.setattr(Lanes.__init__, "__defaults__", (log_joint, 48, ()))
+        narrow(monkeypatch)
     else:
         monkeypatch.setattr(mcmc, "FEWEST_SLOTS", 160)
     return request.param
