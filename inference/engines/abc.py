@@ -189,7 +189,8 @@ class ABC:
                 log_w, z = log_w + local.log(), u
             elif bool((epsilon > 0).any()) and compare.enough(log_w.exp() * local):
                 moved = compare.adjusted(density, u, found.summary, log_w.exp() * local)
-                adjusted = as_chain(density.constrain(moved)), (log_w + local.log())[None]
+                with density.uncounted():  # they judge the answer, and are not part of it
+                    adjusted = as_chain(density.constrain(moved)), (log_w + local.log())[None]
             alarms += still_moving(u, log_w, found.distance)
         weighted = always or self.regression or bool((log_w != 0).any())
         return Draws(
