@@ -22,11 +22,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from pyrometer.benchmarks.bench import _Line, bench
+from pyrometer.benchmarks.bench import bench
 from pyrometer.benchmarks.cell import Budget
 from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.comparison import compare
 from pyrometer.benchmarks.grid import LADDER, Grid, grid, named, selected
+from pyrometer.benchmarks.line import Line
 from pyrometer.benchmarks.store import RECORD, Store, same_but_for_times
 from pyrometer.benchmarks.task import tasks, thinned
 from pyrometer.inference import (
@@ -306,7 +307,7 @@ def toy(scale: float) -> Problem:
 def test_a_process_stays_at_its_problem_and_the_dearest_cells_come_first():
     problems = {name: ("conjugate_gaussian", {"num_data": n}) for n, name in enumerate("abc", 1)}
     todo = tasks(grid(problems, ["svi"], budgets=[100, 400, 200], seeds=2))[1]
-    line, done, at, seeds = _Line(todo), [], {0: None, 1: None}, []
+    line, done, at, seeds = Line(todo), [], {0: None, 1: None}, []
     for turn in range(len(todo)):
         worker = turn % 2
         at[worker] = line.next(at[worker])
