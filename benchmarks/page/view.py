@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..report import count, seconds, state, style_of, with_error
-from . import figures
+from . import figures, figures_of_draws
 from .changes import FALSE_ALARM, Changes
 from .commands import command
 from .posteriors import Drawn, drawn
@@ -57,12 +57,12 @@ def block_view(folder: Path, block: Block, environments: Environments) -> dict[s
         "commands": command(block.groups),
         "last_commands": command(last),
         "drawn_commands": command(shown, [of_draws.seed]),
-        "distributions": figures.distributions(of_draws),
+        "distributions": figures_of_draws.distributions(of_draws),
         "draws_words": _draws_words(of_draws),
-        "pairs": figures.pairs(of_draws),
-        "k_hats": figures.k_hats(of_draws.doubts),
+        "pairs": figures_of_draws.pairs(of_draws),
+        "k_hats": figures_of_draws.k_hats(of_draws.doubts),
         "k_words": [f"{name}: {d.doubtful.words() or 'none is above'}" for name, d in of_draws.doubts.items()],
-        "images": figures.worst_images(of_draws.doubts),
+        "images": figures_of_draws.worst_images(of_draws.doubts),
         "missing": of_draws.missing,
         "diagnoses": [_diagnosis(group) for group in block.groups if group.done],
         "failures": _failures(block),
