@@ -530,6 +530,15 @@ def test_the_page_of_real_runs_shows_its_figures(drawn_runs, tmp_path):
     assert any(word.startswith("Log evidence less the truth") for word in words)
 
 
+def test_every_result_is_told_by_the_key_that_it_is_stored_under(drawn_runs, tmp_path):
+    folder, _, _ = drawn_runs
+    page = report(folder, tmp_path / "r.html").page.read_text()
+    stored = [path.name for path in folder.iterdir() if path.is_dir()]
+    assert stored
+    assert [key for key in stored if key not in page] == []
+    assert "built-in method" not in page  # an attribute of a dict in the place of its entry
+
+
 def test_images_of_doubtful_data_are_shown(tmp_path):
     problem = vae.problem(num_train=12)
     with torch.no_grad():

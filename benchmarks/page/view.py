@@ -187,7 +187,7 @@ def _fold(ladder: list[Group], environments: Environments) -> dict[str, Any]:
                 "budget": group.budget,
                 "settings": _settings(group.settings) or "no settings",
                 "seeds": ", ".join(str(entry.seed) for entry in group.entries),
-                "keys": " ".join(entry.key for entry in group.entries),
+                "stored_as": " ".join(entry.key for entry in group.entries),
                 "environment": environments.number(group),
             }
             for group in ladder
