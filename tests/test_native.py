@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from pyrometer.inference.compile import Compiled, compiled
-from pyrometer.inference.native.emit import PRELUDE
 from pyrometer.inference.native.lower import COPIES, FILLS, OPERATIONS, VIEWS
 from pyrometer.inference.native.pointwise import COMPARE, FLOAT, SAME
+from pyrometer.inference.native.prelude import PRELUDE
 from pyrometer.inference.native.toolchain import compiler
 from pyrometer.inference.trace import trace
 
@@ -861,6 +861,26 @@ def test_an_index_out_of_range_raises_what_the_program_raises():
     assert runs == []
 
 
+def test_an_index_is_held_against_its_size_outside_the_loops_that_it_does_not_move_with():
+    """With a check inside, a loop is not vectorised: rows by number are what minibatches and blocks of data read."""
+    made = native(lambda x, i: (x[i].exp(), x[8 - i].exp()), (real(9, 200)(), whole(40, low=0, high=9)()))
+    assert made.native is not None
+    text = made.native.function.text.split("static int64_t body")[1]
+    inner = [loop.split("}")[0] for loop in text.split("#pragma GCC ivdep")[1:]]
+    assert text.count("return 6") == 2
+    assert any("exp(" in loop for loop in inner)
+    assert not any("return 6" in loop for loop in inner if "exp(" in loop)
+
+
+def test_numbers_that_are_known_are_not_computed_again():
+    """Nor kept in memory: a factor of -1 that autograd makes joins the loop before it."""
+    function = lambda x: (x.exp() * -(torch.ones_like(x) / 2),)  # noqa: E731
+    made, x = native(function, (real(200)(),)), real(200)()
+    assert made.native is not None
+    assert "scratch +" not in made.native.function.text
+    assert torch.allclose(made(x)[0], function(x)[0], rtol=1e-12)
+
+
 def test_an_index_is_a_copy_that_nobody_else_writes():
     """A constant index is seen to be within once, so what its owner writes there later must not reach the code."""
     index = torch.tensor([0, 4, 1, 2] * 8)
@@ -1015,6 +1035,11 @@ HAZARDS: dict[str, tuple[Any, ...]] = {
         real(10),
         real(1),
         whole(1, low=0),
+    ),
+    "read by what is computed": (
+        lambda x, i: (x[-1 - i] * x[i].exp(), x[i][:, i + 1].sin(), x.gather(0, (x > 0).long() + 1)),
+        M,
+        places,
     ),
     "put twice": (lambda x, i: (x.index_put((i,), x[0]).index_put((i + 1,), x[1]),), real(10), whole(1, low=0)),
     "scatter in a pattern": (

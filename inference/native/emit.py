@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -11,108 +13,13 @@ import torch
 
 from .fuse import COMBINE, kept_buffers, schedule
 from .ir import C_TYPES, Access, Apply, Buffer, Call, Counter, Expr, Literal, Loop, Nest, Program
-from .lower import UnsupportedError
+from .lower import UnsupportedError, moves
+from .prelude import ENTRY, PRELUDE, SAMPLER, TRAINER
 
 SCRATCH_LIMIT = 2**28  # bytes of working memory a thread may need
 SOURCE_LIMIT = 4 * 2**20  # characters; a compiler takes some 3 s for each million
 STACK = 1024  # numbers that may lie there
 SPLIT = 64  # with more nests than this, each is a function: compilers slow down on long ones
-
-PRELUDE = r"""#include <stdint.h>
-#define LN2 0.693147180559945309417232121458
-#define PI 3.14159265358979323846264338328
-#ifdef VECTOR_MATH
-#define VECTOR __attribute__((__simd__("notinbranch")))
-#else
-#define VECTOR
-#endif
-#define UNARY(name) VECTOR double name(double); VECTOR float name##f(float);
-UNARY(acos) UNARY(acosh) UNARY(asin) UNARY(asinh) UNARY(atan) UNARY(atanh) UNARY(cos) UNARY(cosh) UNARY(erf) UNARY(erfc)
-UNARY(exp) UNARY(exp2) UNARY(expm1) UNARY(log) UNARY(log10) UNARY(log1p) UNARY(log2) UNARY(sin) UNARY(sinh) UNARY(tan)
-UNARY(tanh)
-VECTOR double pow(double, double); VECTOR float powf(float, float);
-VECTOR double atan2(double, double); VECTOR float atan2f(float, float);
-double sqrt(double), fabs(double), floor(double), ceil(double), rint(double), trunc(double), lgamma_r(double, int*);
-float sqrtf(float), fabsf(float), floorf(float), ceilf(float), rintf(float), truncf(float);
-static inline double log_gamma(double x) { int sign; return lgamma_r(x, &sign); }
-#define EXTREMES(T, f) /* of two, NaN if one is; written so that loops of them vectorise */ \
-  static inline T maximum##f(T x, T y) { return __builtin_isunordered(x, y) ? x + y : x > y ? x : y; } \
-  static inline T minimum##f(T x, T y) { return __builtin_isunordered(x, y) ? x + y : x < y ? x : y; }
-EXTREMES(double, ) EXTREMES(float, f)
-static double digamma(double x) {
-  if (x == 0) return __builtin_copysign(__builtin_inf(), -x);
-  double shift = 0;
-  if (x < 0) {
-    if (x == floor(x)) return __builtin_nan("");
-    shift = -PI / tan(PI * x);
-    x = 1 - x;
-  }
-  for (; x < 12; x += 1) shift -= 1 / x;
-  double r = 1 / x, q = r * r;
-  return shift + log(x) - r / 2 - q * (1.0 / 12 - q * (1.0 / 120 - q * (1.0 / 252 - q * (1.0 / 240 - q * (1.0 / 132
-    - q * (691.0 / 32760 - q / 12))))));
-}
-static double trigamma(double x) {
-  double sign = 1, shift = 0;
-  if (x < 0.5) { double s = sin(PI * x); shift = -(PI * PI) / (s * s); x = 1 - x; sign = -1; }
-  double sum = 0;
-  for (; x < 12; x += 1) sum += 1 / (x * x);
-  double r = 1 / x, q = r * r;
-  sum += r + q / 2 + r * q * (1.0 / 6 - q * (1.0 / 30 - q * (1.0 / 42 - q * (1.0 / 30 - q * (5.0 / 66
-    - q * (691.0 / 2730 - q * 7 / 6))))));
-  return sign * (sum + shift);
-}
-"""
-
-ENTRY = r"""
-int64_t pyrometer_call(void** a, void** r, void** c) { return body(a, r, c); }
-"""
-
-SAMPLER = r"""
-int64_t pyrometer_log_density(uint64_t dim, double* x, double* gradient, double* value, void* user) {
-  %sdouble values[%d];
-  void *a[1] = {x}, *r[2] = {values, gradient};
-  int64_t fault = body(a, r, (void**)user);
-  if (fault) return fault;
-  double sum = 0, check = 0;
-  for (int64_t i = 0; i < %d; i++) sum += values[i];
-  for (uint64_t i = 0; i < dim; i++) check += gradient[i] * 0;
-  *value = sum;
-  check += sum * 0;
-  return check == 0 ? 0 : 4;
-}
-"""
-
-# steps of Adam (Kingma & Ba 2015, arxiv.org/abs/1412.6980) on parameters c[place[p]] with gradients r[source[p]];
-# arguments move on by their stride (bytes) at each step. Answers how many steps were taken.
-TRAINER = r"""
-int64_t pyrometer_adam(int64_t steps, int64_t done, void** arguments, const int64_t* strides, void** r, void** c,
-                       int64_t count, const int64_t* place, const int64_t* source, const int64_t* sizes,
-                       void** means, void** squares,
-                       const double* settings, double* losses, int64_t* fault) {
-  const double rate = settings[0], decay1 = settings[1], decay2 = settings[2], epsilon = settings[3];
-  void* a[%d];
-  for (int64_t step = 0; step < steps; step++) {
-    for (int i = 0; i < %d; i++) a[i] = (char*)arguments[i] + step * strides[i];
-    if ((*fault = body(a, r, c))) return step;
-    losses[step] = *(%s*)r[0];
-    if (losses[step] - losses[step] != 0) return step;
-    const double t = done + step + 1;
-    const double size = rate / (1 - pow(decay1, t)), root = 1 / sqrt(1 - pow(decay2, t));
-    for (int64_t p = 0; p < count; p++) {
-      %s *restrict w = c[place[p]], *restrict m = means[p], *restrict v = squares[p];
-      const %s* restrict g = r[source[p]];
-      const %s b1 = decay1, b2 = decay2, s = size, q = root, e = epsilon;
-      for (int64_t i = 0; i < sizes[p]; i++) {
-        m[i] = b1 * m[i] + (1 - b1) * g[i];
-        v[i] = b2 * v[i] + (1 - b2) * g[i] * g[i];
-        w[i] -= s * m[i] / (@sqrt(v[i]) * q + e);
-      }
-    }
-  }
-  return steps;
-}
-"""
 
 
 def source(program: Program) -> tuple[str, list[str]]:
@@ -213,22 +120,21 @@ class _Writer:
     def _nest(self, nest: Nest) -> str:
         order = _order(nest)
         sizes, loops = _merged([nest.sizes[d] for d in order], [_permuted(loop, order) for loop in nest.loops])
-        rank, computed = len(sizes), dict[Access, str]()
-        before: list[list[str]] = [[] for _ in range(rank + 1)]  # what runs before loop d (rank: inside all)
+        rank, scope = len(sizes), _Scope(len(sizes))
+        before, inner, computed = scope.before, scope.before[rank], scope.computed
         after: list[list[str]] = [[] for _ in range(rank + 1)]
-        inner: list[str] = []
         prepare: list[str] = []
         independent = True
         for loop in loops:
             t, name = _working(loop.target.dtype), self._name()
-            value = self._expr(loop.expr, computed, inner)
+            value = self._expr(loop.expr, scope)
             if loop.reduce:
                 start = rank  # the trailing loops that are all reduced over
                 while start and start - 1 in loop.over:
                     start -= 1
                 combine = _suffixed(COMBINE[loop.reduce], loop.target.dtype)
                 partial = len(loop.over) > rank - start
-                place = self._place(loop.target, computed, inner)
+                place = self._place(loop.target, scope)
                 if partial:
                     prepare.append(self._initial(loop, sizes))
                 if start == rank:
@@ -238,14 +144,14 @@ class _Writer:
                     inner.append(f"{name} = {combine.format(name, f'({value})')};")
                     after[start].append(f"{place} = {combine.format(place, name) if partial else name};")
             elif loop.adds or loop.target.indirect:
-                place = self._place(loop.target, computed, inner)
+                place = self._place(loop.target, scope)
                 independent = False
                 inner.append(f"{place} {'+=' if loop.adds else '='} {value};")
             else:
                 inner.append(f"const {t} {name} = {value};")
                 computed[loop.target] = name
                 if loop.target.buffer in self.kept:
-                    inner.append(f"{self._place(loop.target, computed, inner)} = {name};")
+                    inner.append(f"{self._place(loop.target, scope)} = {name};")
         text = "\n".join(inner)
         for d in reversed(range(rank)):
             hint = "#pragma GCC ivdep\n" if d == rank - 1 and independent else ""
@@ -256,35 +162,45 @@ class _Writer:
     def _initial(self, loop: Loop, sizes: list[int]) -> str:
         kept = [d for d in range(len(sizes)) if d not in loop.over]
         heads = "".join(f"for (int64_t i{d} = 0; i{d} < {sizes[d]}; i{d}++) " for d in kept)
-        return f"{heads}{self._place(loop.target, {}, [])} = {_start(loop)};\n"
+        return f"{heads}{self._place(loop.target, _Scope(len(sizes)))} = {_start(loop)};\n"
 
-    def _place(self, access: Access, computed: dict[Access, str], inner: list[str]) -> str:
+    def _place(self, access: Access, scope: _Scope) -> str:
         terms = [str(access.offset)] if access.offset or not any(access.strides) else []
         terms += [f"{s} * i{d}" if s != 1 else f"i{d}" for d, s in enumerate(access.strides) if s]
         for index, size, stride in access.indirect:
-            name = self._name()
-            inner.append(f"int64_t {name} = {self._expr(index, computed, inner)};")
-            if size:
-                inner.append(f"if ({name} < 0) {name} += {size};")
-                inner.append(f"if ((uint64_t){name} >= {size}) return 6;")
-            terms.append(f"{name} * {stride}")
+            terms.append(f"{self._index(index, size, scope)} * {stride}")
         return f"{self._pointer(access.buffer)}[{' + '.join(terms)}]"
 
-    def _expr(self, expr: Expr, computed: dict[Access, str], inner: list[str]) -> str:
+    def _index(self, index: Expr, size: int, scope: _Scope) -> str:
+        """The name of an index, read and held against its size (0: known to be within) outside the loops that it does
+        not move with: a check in a loop keeps it from being vectorised."""
+        if (index, size) in scope.indices:
+            return scope.indices[index, size]
+        name = self._name()
+        with scope.outside(index) as lines:
+            lines.append(f"int64_t {name} = {self._expr(index, scope)};")
+            if size:
+                lines.append(f"if ({name} < 0) {name} += {size};")
+                lines.append(f"if ((uint64_t){name} >= {size}) return 6;")
+        scope.indices[index, size] = name
+        return name
+
+    def _expr(self, expr: Expr, scope: _Scope) -> str:
         if isinstance(expr, Access):
-            return computed.get(expr) or self._place(expr, computed, inner)
+            return scope.computed.get(expr) or self._place(expr, scope)
         if isinstance(expr, Literal):
             return _literal(expr.value, expr.dtype)
         if isinstance(expr, Counter):
             return f"({expr.start} + {expr.step} * i{expr.loop})"
         args = []
         for i, arg in enumerate(expr.args):
-            text = self._expr(arg, computed, inner)
+            text = self._expr(arg, scope)
             # a template may name an argument twice; and what it reads in one branch only, GCC 12 with AVX-512 reads
             # wrongly where memory runs backwards
-            if isinstance(arg, Apply) or (isinstance(arg, Access) and "?" in expr.template and arg not in computed):
+            chosen = isinstance(arg, Access) and "?" in expr.template and arg not in scope.computed
+            if isinstance(arg, Apply) or chosen:
                 name = self._name()
-                inner.append(f"const {_working(arg.dtype)} {name} = {text};")
+                scope.lines.append(f"const {_working(arg.dtype)} {name} = {text};")
                 text = name
             condition = f"{{{i}}} ?" in expr.template
             if isinstance(arg, Literal) and not condition:
@@ -293,6 +209,25 @@ class _Writer:
                 text = f"(({C_TYPES[expr.within]}){_bracketed(text)})"
             args.append(_bracketed(text))
         return f"({_suffixed(expr.template, expr.within).format(*args)})"
+
+
+class _Scope:
+    """What is being written inside the loops of a nest: before[d] runs before loop d, before[rank] inside all."""
+
+    def __init__(self, rank: int) -> None:
+        self.before: list[list[str]] = [[] for _ in range(rank + 1)]
+        self.lines = self.before[rank]  # where the next one goes
+        self.computed: dict[Access, str] = {}  # at this very point, by its name
+        self.indices: dict[tuple[Expr, int], str] = {}
+
+    @contextmanager
+    def outside(self, index: Expr) -> Iterator[list[str]]:
+        """Lines that run outside the loops that an index does not move with: what a nest computes itself moves with
+        all of its loops."""
+        kept = self.lines
+        self.lines = self.before[max((d + 1 for d in range(len(self.before) - 1) if moves(index, d)), default=0)]
+        yield self.lines
+        self.lines = kept
 
 
 def _suffixed(template: str, dtype: torch.dtype) -> str:

@@ -295,6 +295,10 @@ class Lowering:
             raise UnsupportedError(f"{name} in {out.dtype}")
         if name in VIEWS:
             return self._view(node, a)
+        if torch.Tag.pointwise in node.target.tags and isinstance(out, Tensor):
+            known = _folded(node.target, a)
+            if known is not None:
+                return Uniform(known.to(out.dtype).item(), tuple(out.shape), out.dtype)
         args = [v for v in a.values() if isinstance(v, (Window, Uniform, int, float, bool))]
         for table, dtype, within in (
             (FLOAT, None, None),
@@ -354,6 +358,14 @@ def _known(dtype: torch.dtype) -> torch.dtype:
     if dtype not in C_TYPES:
         raise UnsupportedError(f"tensors of {dtype}")
     return dtype
+
+
+def _folded(operation: torch._ops.OpOverload, a: dict[str, Any]) -> Tensor | None:
+    """The one number that an operation makes of numbers that are known, as torch computes it; else None."""
+    if not any(isinstance(v, Uniform) for v in a.values()) or any(isinstance(v, Window) for v in a.values()):
+        return None
+    numbers = {k: torch.full((), v.value, dtype=v.dtype) if isinstance(v, Uniform) else v for k, v in a.items()}
+    return operation(**numbers)
 
 
 def _promoted(args: Sequence[Any]) -> torch.dtype:
