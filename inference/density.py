@@ -300,8 +300,18 @@ class Density:
         u = torch.zeros((count, *self.batch_shape, self.dim), dtype=self.dtype, device=self.device)
         return self.constrain(u)
 
+    @property
+    def prior_fault(self) -> str:
+        """Why draws of the prior do not have the prior's density, in words; '' where they have."""
+        if self.improper:
+            return f"site {self.improper[0]!r} has an improper prior, which cannot be drawn from"
+        if weighed := [n for n in self.latents if self.sites[n].reweighted]:
+            return f"site {weighed[0]!r} is masked or scaled, so draws of its prior do not have its density"
+        return ""
+
     def prior(self, count: int) -> PriorDraws:
-        """Draws of the latents from the prior. Raises `ProblemError` where a site has no proper prior."""
+        """Draws of the latents from the prior, before any mask or scale. Raises `ProblemError` where a site has no
+        proper prior."""
         if self.improper:
             raise ProblemError(f"site {self.improper[0]!r} has an improper prior: it cannot be drawn from.")
 
@@ -314,11 +324,13 @@ class Density:
 
     def simulate(self, count: int, given: Tensor | None = None) -> dict[str, Tensor]:
         """Latents and data drawn from the model at theta, site -> (count, *batch, *event); data alone where continuous
-        latents are `given` as u (count, *batch, D). Raises `ProblemError` where a site has no proper prior, or where
-        `pyro.factor` takes part, which cannot be drawn from."""
+        latents are `given` as u (count, *batch, D). Raises `ProblemError` where the prior's density is not that of its
+        draws, or where `pyro.factor` takes part, which cannot be drawn from."""
         factors = [n for n, s in self.sites.items() if s.role == "factor"]
-        if self.improper or factors:
-            raise ProblemError(f"site {[*self.improper, *factors][0]!r} cannot be drawn from, so data cannot be.")
+        if self.prior_fault:
+            raise ProblemError(f"{self.prior_fault}: data cannot be drawn from the model.")
+        if factors:
+            raise ProblemError(f"site {factors[0]!r} cannot be drawn from, so data cannot be.")
 
         def one(u: Tensor) -> dict[str, Tensor]:
             held = {} if given is None else self._given(u)

@@ -14,7 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from pyro.distributions.torch_distribution import TorchDistributionMixin
+from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistributionMixin
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
@@ -160,6 +160,7 @@ class Scribe(Messenger):
             if self.minibatch and name == self.minibatch[0].name and msg["fn"].size == self.minibatch[0].size:
                 msg["value"] = self.minibatch[1]
             return
+        lift_mask(msg)
         if self.minibatch is not None:
             msg["scale"] = self._scale(msg, self.minibatch)
         if msg["is_observed"]:
@@ -276,6 +277,16 @@ _OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
 class _OutOfPlaceRandomness(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
+
+
+def lift_mask(msg: Message) -> None:
+    """A mask that belongs to the distribution becomes the site's, as `poutine.mask` gives it: what is drawn is drawn
+    without it."""
+    fn: Any = msg["fn"]
+    while isinstance(fn, MaskedDistribution):
+        outer: Any = msg["mask"]
+        msg["mask"] = fn._mask if outer is None else outer & fn._mask
+        fn = msg["fn"] = fn.base_dist
 
 
 def _draw_lkj(fn: Any) -> Tensor:

@@ -64,8 +64,8 @@ def why_not_propose(density: Density, proposal: Any) -> str:
         unlisted = [n for n in missing if n in density.unlisted]
         if unlisted:
             return f"the guide does not propose site {unlisted[0]!r}"
-    if proposal == "prior" and density.improper:
-        return f"site {density.improper[0]!r} has an improper prior, which cannot be drawn from"
+    if proposal == "prior" and density.prior_fault:
+        return density.prior_fault
     if proposal == "laplace" or isinstance(proposal, Posterior):
         if not density.continuous:
             return "the latents are discrete: a t proposal does not apply; use proposal='prior' or 'guide'"
@@ -82,8 +82,8 @@ def why_not_propose(density: Density, proposal: Any) -> str:
                 f"the proposal is a posterior over data of shape {tuple(proposal.batch_shape)}, this problem has "
                 f"{tuple(density.batch_shape)}: fit it to the same data."
             )
-    if proposal == "auto" and density.improper and density.unlisted:
-        return f"site {density.improper[0]!r} has an improper prior and a discrete site cannot be summed out"
+    if proposal == "auto" and density.prior_fault and density.unlisted:
+        return f"{density.prior_fault}; and a discrete site cannot be summed out"
     if not isinstance(proposal, str | Posterior):
         reason = as_engine(proposal).supports(density)
         return f"the proposal engine cannot run: {reason}" if reason else ""
@@ -180,7 +180,7 @@ def _t(density: Density, fit: GaussianFit, degrees: float) -> Proposal:
 def candidates(density: Density) -> list[str]:
     """What 'auto' has to choose from where no guide stands ready."""
     names = ["laplace"] if density.continuous and not density.unlisted else []
-    return names + ([] if density.improper else ["prior"])
+    return names + ([] if density.prior_fault else ["prior"])
 
 
 def _pilot(density: Density, run: Run, degrees: float, count: int = 200) -> str:

@@ -27,7 +27,7 @@ from .cloud import Cloud, Plan, taken
 from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
-from .program import SOMETIMES, Scribe, Site
+from .program import SOMETIMES, Scribe, Site, lift_mask
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,10 @@ class Filter(Messenger):
         self.jacobian: Tensor | None = None
 
     def _process_message(self, msg: Message) -> None:
-        if msg["type"] != "sample" or site_is_subsample(msg) or msg["is_observed"]:
+        if msg["type"] != "sample" or site_is_subsample(msg):
+            return
+        lift_mask(msg)
+        if msg["is_observed"]:
             return
         name: str = msg["name"]
         site = _site(self.sites, name)

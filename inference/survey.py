@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from .parameters import Parameters, find_parameters
 from .problem import Problem, ProblemError
-from .program import Plate, Site
+from .program import Plate, Site, lift_mask
 
 
 @dataclass(frozen=True)
@@ -185,6 +185,7 @@ class Survey(Messenger):
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg):
             return
+        lift_mask(msg)
         if msg["is_observed"]:
             if not isinstance(msg["value"], Tensor):
                 kind = type(msg["value"]).__name__
@@ -219,8 +220,10 @@ class Survey(Messenger):
 
 
 def _is_reweighted(msg: Message) -> bool:
-    scale: Any = msg["scale"]
-    return not (msg["mask"] is None or msg["mask"] is True) or not (isinstance(scale, int | float) and scale == 1)
+    scale, mask = cast(Any, msg["scale"]), cast(Any, msg["mask"])
+    return not (mask is None or (mask if isinstance(mask, bool) else bool(mask.all()))) or not (
+        isinstance(scale, int | float) and scale == 1
+    )
 
 
 def _is_improper(fn: Any) -> bool:

@@ -28,8 +28,11 @@ from test_contract import beta_bernoulli, correlated, discrete_net, flat_prior, 
 from torch import Tensor
 
 from pyrometer.inference import (
+    HMC,
     NUTS,
+    SMC,
     SVI,
+    AnnealedImportance,
     Enumeration,
     Evidence,
     ImportanceSampling,
@@ -38,8 +41,10 @@ from pyrometer.inference import (
     ProblemError,
     Quadrature,
     Reference,
+    RejectionSampling,
     infer,
     registry,
+    why_not,
 )
 from pyrometer.inference.density import Density
 from pyrometer.inference.guides import AutoGuide, make_guide
@@ -799,6 +804,47 @@ def test_an_improper_prior_is_sampled_where_it_can_be():
     assert refused.status.state == "unsupported"
     assert "'mean'" in refused.status.reason
     assert "improper" in refused.status.reason
+
+
+def weighed_prior(weight: str) -> Problem:
+    """y = 3 ~ N(z, 1), z ~ N(0, 1) whose density counts 0.5 times or, masked by handler or distribution, not at all."""
+
+    def model(y: Tensor) -> None:
+        handler = {"scale": partial(poutine.scale, scale=0.5), "mask": partial(poutine.mask, mask=False)}.get(weight)
+        law = dist.Normal(0.0, 1.0)
+        if handler is None:
+            z = pyro.sample("z", law.mask(torch.tensor(False)))
+        else:
+            with handler():
+                z = pyro.sample("z", law)
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    return Problem(model, args=(torch.tensor(3.0, dtype=torch.float64),), name=f"prior under {weight}")
+
+
+@pytest.mark.parametrize("weight", ["scale", "mask", "mask of the distribution"])
+def test_a_prior_that_is_masked_or_scaled_is_not_taken_for_what_its_draws_have(weight):
+    """The posterior is normal of precision 1 + w. Who weighs draws of the prior refuses: their density is another."""
+    problem, w = weighed_prior(weight), 0.5 if weight == "scale" else 0.0
+    mean, sd = 3 / (1 + w), (1 + w) ** -0.5
+    log_evidence = -w / 2 * math.log(2 * math.pi) - 0.5 * math.log(1 + w) - 4.5 * w / (1 + w)
+    exact = infer(problem, Quadrature())
+    assert float(exact.log_evidence.value) == pytest.approx(log_evidence, abs=1e-6)
+    assert float(exact.mean("z")) == pytest.approx(mean, abs=1e-6)
+    weighted = infer(problem, ImportanceSampling(num_samples=4000))
+    assert abs(float(weighted.log_evidence.value) - log_evidence) < 5 * float(weighted.log_evidence.std_error) < 0.1
+    chains = infer(problem, HMC(num_chains=32, num_samples=100, warmup_steps=100)).draws["z"]
+    assert_unbiased(chains.mean(1), mean)
+    assert_unbiased(((chains - mean) / sd).square().mean(1), 1.0)
+    for engine in (
+        SMC(),
+        AnnealedImportance(),
+        ImportanceSampling(proposal="prior"),
+        RejectionSampling(proposal="prior"),
+    ):
+        assert "'z' is masked or scaled" in why_not(problem, engine), engine
+    with pytest.raises(ProblemError, match="masked or scaled"):
+        Density(problem).simulate(3)
 
 
 CONTINUOUS = [

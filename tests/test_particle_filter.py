@@ -281,6 +281,21 @@ def test_masks_scales_factors_and_a_last_latent():
     assert torch.equal(posterior.draws["square_1"], posterior.draws["z_1"] ** 2)
 
 
+def test_a_mask_of_the_distribution_does_not_reach_the_draws():
+    """z_t is drawn from N(0, 1) and counts as flat: z_t given y_t is N(y_t, 1), and log p(y) = 0."""
+
+    def model(y: Tensor) -> None:
+        for t in range(2):
+            z = pyro.sample(f"z_{t}", dist.Normal(0.0, 1.0).mask(torch.tensor(False)))
+            pyro.sample(f"y_{t}", dist.Normal(z, 1.0), obs=y[t])
+
+    y = torch.tensor([0.2, -0.4], dtype=F64)
+    posterior = infer(Problem(model, args=(y,)), ParticleFilter(num_samples=300, num_chains=RUNS), seed=0)
+    assert abs(float(posterior.log_evidence.value)) < 5 * float(posterior.log_evidence.std_error) < 0.05
+    for t in range(2):
+        assert abs(float(posterior.mean(f"z_{t}") - y[t])) < 0.05
+
+
 def test_the_order_in_time_is_that_of_the_statements():
     time = time_of(Density(masked()))
     assert time.steps == (("z_0",), ("z_1",), ("z_2",), ("z_3",))

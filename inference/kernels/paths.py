@@ -68,12 +68,8 @@ def why_not_start(density: Density, start: str) -> str:
     if choose(density, start) == "guide":
         density.require_guide()
         return _guide_fault(density)
-    if density.improper:
-        return (
-            f"site {density.improper[0]!r} has an improper prior, which cannot be drawn from: give the problem a guide "
-            "and start there (start='guide')"
-        )
-    return ""
+    fault = density.prior_fault
+    return f"{fault}: give the problem a guide and start there (start='guide')" if fault else ""
 
 
 def _guide_fault(density: Density) -> str:

@@ -37,7 +37,6 @@ def problem(data: dict[str, np.ndarray]) -> Any:
     import pyro
     import pyro.distributions as dist
     import torch
-    from pyro.distributions import constraints
 
     from pyrometer.inference import Problem
 
@@ -45,7 +44,7 @@ def problem(data: dict[str, np.ndarray]) -> Any:
         mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
         phi = 2 * pyro.sample("rho", dist.Beta(20.0, 1.5)) - 1
         sigma = pyro.sample("sigma", dist.HalfNormal(0.5))
-        x = pyro.sample("x", dist.ImproperUniform(constraints.real_vector, (), (STEPS,)))
+        x = pyro.sample("x", dist.Normal(y.new_zeros(STEPS), 1.0).to_event(1).mask(False))  # Pyro starts from draws
         first = dist.Normal(0.0, (1 - phi**2).rsqrt()).log_prob(x[0])
         pyro.factor("walk", first + dist.Normal(phi * x[:-1], 1.0).log_prob(x[1:]).sum())
         with pyro.plate("steps", STEPS):
