@@ -2,7 +2,8 @@
 
 Pyro lets parameters live in `nn.Module`s, `PyroModule`s, `PyroParam`s, `pyro.param` and closures. All of them end
 in leaf tensors of the autograd graph, so that is where they are found: nothing has to be registered with us. A run
-borrows the leaves (`lend`): it may change their values, dtype and device, and gives them back as they were.
+borrows the leaves (`lend`): it may change their values, dtype and device, and gives them back as they were. A `Loan`
+is all that one run borrows.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import pyro
 import torch
 from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
-from .problem import ProblemError
+from .problem import Problem, ProblemError
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +119,84 @@ class Parameters:
                 hint = f" Did you mean {near[0]!r}?" if near else f" There are: {', '.join(self.by_name) or 'none'}."
                 raise ProblemError(f"no parameter {name!r} in the model.{hint}")
             self.by_name[name].set(value)
+
+
+class HasParameters(Protocol):
+    """A `Fit`: theta and phi by name."""
+
+    @property
+    def parameters(self) -> Mapping[str, Tensor]: ...
+
+    @property
+    def guide_parameters(self) -> Mapping[str, Tensor]: ...
+
+
+def divided(
+    values: Mapping[str, Tensor] | HasParameters, theta: Parameters, phi: Parameters
+) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    """What to set theta and phi to: by name, or by a `Fit`, whose phi is taken where this guide has it too. Raises
+    `ProblemError` where it is neither."""
+    if isinstance(values, Mapping):
+        of_phi = {n: v for n, v in values.items() if n in phi and n not in theta}
+        return {n: v for n, v in values.items() if n not in of_phi}, of_phi
+    if not hasattr(values, "guide_parameters"):
+        kind = type(values).__name__
+        raise ProblemError(f"parameters: expected a mapping from names to values, or a Fit; got {kind}.")
+    return values.parameters, {n: v for n, v in values.guide_parameters.items() if n in phi}
+
+
+class Loan:
+    """What a run borrows of a problem's programs: Pyro's store, the buffers of modules, theta and phi.
+
+    A context manager, which may be entered again inside: there they are the run's, and literals that the program makes
+    have its dtype and device. The store is at first as plain Pyro left it.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.modules = [*modules_in_reach(problem.model), *modules_in_reach(problem.guide)]
+        self._store: Any = pyro.get_param_store().get_state()
+        self._lent: list[Lent | Parameters] = [Lent([b for module in self.modules for b in module.buffers()])]
+        self._defaults: tuple[torch.dtype, torch.device | None] | None = None
+        self._exit = ExitStack()
+        self._depth = 0
+
+    def add(self, *parameters: Parameters) -> None:
+        """Borrow these too, from the next time on."""
+        self._lent += parameters
+
+    def cast(self, dtype: torch.dtype, device: torch.device | None) -> None:
+        """Change what the run has from the next time on."""
+        self._defaults = dtype, device
+        for lent in self._lent:
+            lent.cast(dtype, device)
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth == 1:
+            with ExitStack() as stack:
+                stack.enter_context(pyro.get_param_store().scope(self._store))
+                for lent in self._lent:
+                    stack.enter_context(lent.lend())
+                if self._defaults is not None:
+                    stack.enter_context(_defaults(*self._defaults))
+                self._exit = stack.pop_all()
+
+    def __exit__(self, *exc: object) -> None:
+        self._depth -= 1
+        if self._depth == 0:
+            self._exit.close()
+
+
+@contextmanager
+def _defaults(dtype: torch.dtype, device: torch.device | None) -> Iterator[None]:
+    """Inside, literals that the program makes have this dtype and device."""
+    old = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device if device is not None and device.type != "cpu" else ExitStack():
+            yield
+    finally:
+        torch.set_default_dtype(old)
 
 
 def find_parameters(outputs: list[Tensor], program: Callable[..., Any], exclude: list[Tensor]) -> Parameters:

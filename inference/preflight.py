@@ -18,6 +18,38 @@ BATCHED = (
 )
 
 
+def preflight(density: Density) -> bool:
+    """Whether the data must be treated as one, whatever the plates say. Tells whether the density is `vectorised`;
+    what a user should know goes to its notes. Raises `ProblemError` where the program draws by itself."""
+    if not density.latents:
+        refuse_randomness(density, {})
+        return False
+    if density.improper and density.unlisted:
+        return False  # there are no values to try it at
+    values = some_values(density, 3)
+    plain = refuse_randomness(density, values)
+    density.vectorised = batches_over_draws(density, values, plain)
+    if not density.vectorised:
+        density.notes.append(BATCHED)
+    if not density.batch_plates or not couples_data(density, values):
+        return False
+    density.notes.append(
+        f"plate {density.batch_plates[0].name!r} couples its data: moving one datum's latent moves another's "
+        "density, so all are treated as one"
+    )
+    return True
+
+
+def some_values(density: Density, count: int) -> dict[str, Tensor]:
+    """Values of the latents to try things on: draws of the prior, or the image of zero where it is improper."""
+    if not density.latents:
+        return {}
+    if not density.improper:
+        return density.prior(count).values
+    shape = (count, *density.batch_shape, density.dim)
+    return density.constrain(torch.zeros(shape, dtype=density.dtype, device=density.device))
+
+
 def refuse_randomness(density: Density, values: dict[str, Tensor]) -> Tensor:
     """The same values must have the same log joint twice; it is given back. Raises `ProblemError` where the program
     draws by itself."""
@@ -61,7 +93,7 @@ def check_minibatch(density: Density, batch_size: int = 1) -> None:
         raise ProblemError(f"batch_size = {batch_size} is larger than the {plate.size} data.")
     index = torch.arange(plate.size - 1, -1, -2, device=density.device)[: max(1, plate.size // 2)]
     with density, density.uncounted(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        values = {n: v[0] for n, v in density.some_values(1).items()}
+        values = {n: v[0] for n, v in some_values(density, 1).items()}
         full = _per_row(density, values, plate, None)
         try:
             with density.minibatch(index):

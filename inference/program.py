@@ -1,4 +1,4 @@
-"""Running a Pyro program once, or batched by vmap, and reading its log probabilities site by site.
+"""Running a Pyro program once, and reading its log probabilities site by site.
 
 One messenger does all of it: it stands outermost, so that every handler of the user's (condition, mask, scale,
 reparam ...) has had its say, sets the values at latent sites, and adds up log probabilities per batch element.
@@ -7,11 +7,9 @@ reparam ...) has had its say, sets the values at latent sites, and adds up log p
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution, TorchDistributionMixin
@@ -21,8 +19,6 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import Beta, LKJCholesky, biject_to
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from .problem import ProblemError
 
@@ -258,27 +254,6 @@ class Unobserved(Messenger):
         msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
-# In-place random operations act on a fresh, unbatched tensor, which vmap refuses: the same draws, out of place. Of a
-# binomial's arguments vmap wants both batched.
-_OUT_OF_PLACE: dict[Any, Callable[..., Tensor]] = {
-    Tensor.normal_: lambda t, mean=0.0, std=1.0, **_: (
-        torch.randn_like(t) if (mean, std) == (0.0, 1.0) else torch.randn_like(t) * std + mean
-    ),
-    Tensor.uniform_: lambda t, low=0.0, to=1.0, **_: torch.rand_like(t) * (to - low) + low,
-    Tensor.exponential_: lambda t, lambd=1.0, **_: -torch.log1p(-torch.rand_like(t)) / lambd,
-    Tensor.clamp_: lambda t, *args, **kwargs: t.copy_(t.clamp(*args, **kwargs)),  # in effect still in place
-    torch.binomial: lambda count, probs, *args: torch.binomial(count + 0 * probs, probs + 0 * count, *args),
-    Tensor.cauchy_: lambda t, median=0.0, sigma=1.0, **_: (
-        median + sigma * torch.tan(torch.pi * (torch.rand_like(t) - 0.5))
-    ),
-}
-
-
-class _OutOfPlaceRandomness(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
-
-
 def lift_mask(msg: Message) -> None:
     """A mask that belongs to the distribution becomes the site's, as `poutine.mask` gives it: what is drawn is drawn
     without it."""
@@ -303,78 +278,3 @@ def _draw_lkj(fn: Any) -> Tensor:
     below = torch.cat([torch.zeros_like(below[..., :1, :]), below], -2)
     diagonal = (1 - below.square().sum(-1)).clamp_min(torch.finfo(eta.dtype).tiny).sqrt()
     return below + torch.diag_embed(diagonal)
-
-
-class _DirichletByGammas:
-    """torch's Dirichlet draws through an autograd function that vmap cannot enter; gammas give the same law."""
-
-    @staticmethod
-    def apply(concentration: Tensor) -> Tensor:
-        # gamma(a) = gamma(a + 1) U^(1/a), in logs, so that small concentrations do not underflow
-        uniform = torch.rand_like(concentration).clamp_min(torch.finfo(concentration.dtype).tiny)
-        log_gamma = torch._standard_gamma(concentration + 1).log() + uniform.log() / concentration
-        return torch.softmax(log_gamma, -1)
-
-
-@contextmanager
-def batched_randomness() -> Iterator[None]:
-    """Let `torch.func.vmap(..., randomness='different')` draw from any distribution it can."""
-    with _OutOfPlaceRandomness(), mock.patch("torch.distributions.dirichlet._Dirichlet", _DirichletByGammas):
-        yield
-
-
-Flat = Callable[..., tuple[Tensor, ...]]
-
-
-def over_draws(
-    function: Callable[[Any], Any],
-    inputs: Any,
-    count: int,
-    *,
-    vectorised: bool,
-    chunk: int,
-    random: bool,
-    compile: Callable[[Flat, list[tuple[Tensor, ...]]], Flat] | None = None,
-) -> Any:
-    """Apply a function of one draw along the first dimension of its inputs (a tensor or a dict of tensors): by vmap,
-    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws.
-    `compile` (function of tensors, example arguments -> the same, faster) is used where there are chunks enough."""
-
-    def row(i: int) -> Any:
-        return inputs[i] if isinstance(inputs, Tensor) else {n: v[i] for n, v in inputs.items()}
-
-    if count == 1:  # vmap costs more than it saves
-        return tree_map(lambda t: t[None], function(row(0)))
-    if vectorised:
-        mapped = torch.func.vmap(function, chunk_size=min(chunk, count), randomness="different" if random else "error")
-        try:
-            with batched_randomness() if random else nullcontext():
-                if count > chunk and not torch.is_grad_enabled():
-                    return _in_chunks(mapped, inputs, count, chunk, compile if count > 2 * chunk else None)
-                return mapped(inputs)
-        except RuntimeError as error:  # a distribution that vmap cannot draw from
-            if not random or ("vmap" not in str(error) and "functorch" not in str(error)):
-                raise
-    rows = [function(row(i)) for i in range(count)]
-    return tree_map(lambda *tensors: torch.stack(tensors), *rows)
-
-
-def _in_chunks(mapped: Callable[[Any], Any], inputs: Any, count: int, chunk: int, compile: Any) -> Any:
-    """mapped(inputs), all full chunks by the compiled function where there is to be one."""
-    columns, build = tree_flatten(inputs)
-    form: list[TreeSpec] = []
-
-    def flat(*rows: Tensor) -> tuple[Tensor, ...]:
-        results, spec = tree_flatten(mapped(tree_unflatten(list(rows), build)))
-        form[:] = [spec]
-        return tuple(results)
-
-    pieces = [tuple(c[start : start + chunk] for c in columns) for start in range(0, count, chunk)]
-    run = compile(flat, pieces[:2]) if compile is not None else flat
-    whole: list[Tensor] = []  # filled piece by piece: no result is there twice
-    for i, piece in enumerate(pieces):
-        results = run(*piece) if len(piece[0]) == chunk else flat(*piece)
-        whole = whole or [part.new_empty((count, *part.shape[1:])) for part in results]
-        for target, part in zip(whole, results, strict=True):
-            target[i * chunk : i * chunk + len(part)] = part
-    return tree_unflatten(whole, form[0])

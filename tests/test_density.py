@@ -1515,7 +1515,7 @@ def test_check_minibatch_accepts_what_can_be_sliced():
     for name in ("shared_mean", "local", "local_vector", "keyword_data", "masked", "local_simplex", "multivariate"):
         density = Density(CASES[name]().problem())
         check_minibatch(density)
-        assert density._minibatch is None
+        assert density.row_numbers is None
 
 
 # -- modules with random parameters ------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import textwrap
 import pytest
 import torch
 
-from pyrometer.inference.program import over_draws
+from pyrometer.inference.batching import over_draws
 
 SCRIPT = """
     import json, resource, sys, time
