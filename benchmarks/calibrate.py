@@ -2,13 +2,11 @@
 
 Draw latents z and data x from the model at its theta, infer z from x, and take the rank of a test quantity f(z, x) at
 the true z among its values at L independent draws of the answer. If the answer is the posterior, every rank is equally
-likely. Ranks, ties broken at random, are spread to u = (rank + uniform) / (L + 1), which is then exactly uniform
-whatever L is: so an answer of few effective draws gives fewer of them.
+likely (`ranks`).
 
 Quantities: each latent (some entries of many), and what sees an engine that ignores data, which latents alone do not:
 the log likelihood, the log prior, a product of two latents, and a latent times the data (Modrak et al. 2023,
-doi:10.1214/23-BA1404). Tests of each: chi-squared, Kolmogorov-Smirnov, z of the mean and of the spread of the ranks,
-and the variance of their normal scores, which sees a wrong width best. The false alarm is that of all of them together.
+doi:10.1214/23-BA1404). The false alarm is that of all tests of all of them together.
 
 Where data have latents of their own, one inference on N simulated data is N replicates.
 
@@ -19,26 +17,23 @@ Gandy and Scott (2020), arXiv:2001.06465.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy import stats
-from scipy.special import ndtri
 from torch import Tensor
 
-from pyrometer.inference import Posterior, Problem, ProblemError, infer, why_not
+from pyrometer.inference import Problem, ProblemError, infer, why_not
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated
 from pyrometer.inference.registry import as_engine
-from pyrometer.inference.statistics import ess
 from pyrometer.inference.twin import observing, simulated
 
 from .facts import machine, versions
 from .methods import label, row_seed, settings
+from .ranks import FEWEST, Quantity, Ranked, Round, heaviest, near_independent, smallest_seen
 from .tabled import Tabled
 
 if TYPE_CHECKING:
@@ -47,43 +42,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 FALSE_ALARM = 1e-6
-FEWEST = 100  # replicates: with fewer the tests' laws are not what they say
 ENTRIES = 8  # of the latents, at most
 AT_ONCE = 1000  # data of one inference, at most
 SUMMARISED = 200  # data sets that tell what data are like on average
-BINS, PER_BIN = 20, 25
-APART = 2.0  # draws that are kept stand this many autocorrelation times apart
 HEAVIEST = 1 / 8  # of a rule's points: ranks among draws of fewer, heavier ones come in lumps that are to be seen
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A test quantity: its spread ranks u (N), the p-value of each test, and what is wrong in sds of the answer.
-
-    shift   mean normal score of the truth: positive where the answer lies too low
-    spread  their sd: above 1 where the answer is too narrow
-    """
-
-    name: str
-    u: tuple[float, ...]
-    p_values: Mapping[str, float]
-    shift: float
-    spread: float
-
-    @property
-    def p_value(self) -> float:
-        return min(self.p_values.values())
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round: replicates that gave a rank, why others did not, draws that they ranked among (the median), and the
-    smallest p-value times the number of tests."""
-
-    replicates: int
-    failures: Mapping[str, int]
-    draws: float
-    p_value: float
 
 
 @dataclass(frozen=True)
@@ -143,7 +105,7 @@ def calibrate(
     done: list[Round] = []
     for index in range(rounds):
         number = replicates * 4**index
-        ranked = _Ranked(draws)
+        ranked = Ranked(draws)
         for seeds, simulator in _calls(problem, theta, number, seed, index):
             simulator.replicate(method, theta, ranked, seeds)
             if progress is not None:
@@ -211,7 +173,7 @@ class _Simulator:
         }
         return cls(density, moments, _entries(density, sets))
 
-    def replicate(self, engine: Any, theta: Mapping[str, Tensor], ranked: _Ranked, seeds: tuple[int, int, int]) -> None:
+    def replicate(self, engine: Any, theta: Mapping[str, Tensor], ranked: Ranked, seeds: tuple[int, int, int]) -> None:
         """Simulate, infer, and add the ranks of each datum."""
         with isolated(seeds[0]), torch.no_grad(), self.density:
             data, truth = simulated(self.density)
@@ -221,13 +183,13 @@ class _Simulator:
         if not posterior.status.done:
             ranked.fail(posterior.status.reason, self.data)
             return
-        if self.density.continuous and _heaviest(posterior) > HEAVIEST:
+        if self.density.continuous and heaviest(posterior) > HEAVIEST:
             raise ProblemError(
                 f"{posterior.engine} answers with the points of a rule, which are no draws, and too few to rank a "
                 "latent among: its moments may be exact all the same. Take more points."
             )
         with isolated(seeds[2]), torch.no_grad(), self.density:
-            values, kept = _near_independent(posterior, ranked.draws, self.entries)
+            values, kept = near_independent(posterior, ranked.draws, self.entries)
             joined = {n: torch.cat([truth[n].to(v)[None], v]) for n, v in values.items() if n in self.density.latents}
             with self.density.substituted(data):
                 found = self._quantities(joined)
@@ -293,131 +255,7 @@ def _name(site: str, entry: int, of: int) -> str:
     return site if of == 1 else f"{site}[{entry}]"
 
 
-def _near_independent(
-    posterior: Posterior, most: int, entries: list[tuple[str, int]]
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Draws (L, *batch, *event), and how many of the first of them are nearly independent at each datum, (data,)."""
-    batch, total = tuple(posterior.batch_shape), posterior.num_chains * posterior.num_samples
-    number = max(math.prod(batch), 1)
-    steps = torch.arange(most)[:, None]
-    if posterior.kind == "weighted":
-        weights = posterior.weights().flatten(0, 1).reshape(total, number)
-        worth = 1 / weights.square().sum(0)
-        if _is_rule(posterior):  # any number of draws can be made of its points
-            worth = torch.full_like(worth, math.inf)
-        kept = _count(worth, most, most)
-        index = torch.multinomial(weights.T, most, replacement=True).T  # (L, data)
-    else:
-        worth = torch.full((number,), math.inf, dtype=torch.float64)
-        for site, i in entries if posterior.kind == "mcmc" else []:
-            if site in posterior.draws:
-                values = posterior.draws[site]
-                scalar = values.reshape(*values.shape[:2], number, -1)[..., i].double()
-                for kind in ("bulk", "tail"):
-                    worth = torch.minimum(worth, ess(scalar, kind).nan_to_num(nan=1.0))
-        kept = _count(worth, most, total)
-        index = ((steps + 0.5) / kept * total).long().clamp_max(total - 1)  # evenly spaced over all chains
-    index = index.reshape(most, *batch)
-    draws = {}
-    for name, values in posterior.draws.items():
-        flat = values.flatten(0, 1)
-        wide = index.reshape(index.shape + (1,) * (flat.dim() - index.dim()))
-        draws[name] = flat.gather(0, wide.expand(most, *flat.shape[1:]))
-    return draws, kept
-
-
-def _is_rule(posterior: Posterior) -> bool:
-    """Whether the draws are the weighted points of a rule, without sampling error."""
-    return posterior.kind == "weighted" and "ess" not in posterior.diagnostics.figures
-
-
-def _heaviest(posterior: Posterior) -> float:
-    """The largest weight among the points of a rule, of the median datum; 0 where they are draws."""
-    return float(posterior.weights().flatten(0, 1).amax(0).median()) if _is_rule(posterior) else 0.0
-
-
-def _count(worth: Tensor, most: int, total: int) -> Tensor:
-    return (worth / APART).clamp(1, min(most, total)).floor().long()
-
-
-class _Ranked:
-    """The ranks of a round as they come, and what failed."""
-
-    def __init__(self, draws: int) -> None:
-        self.draws = draws
-        self.u: dict[str, list[np.ndarray]] = {}
-        self.kept: list[np.ndarray] = []
-        self.failures: Counter[str] = Counter()
-        self.total = 0
-
-    def fail(self, reason: str, count: int) -> None:
-        self.failures[reason] += count
-        self.total += count
-
-    def add(self, found: Mapping[str, Tensor], kept: Tensor, rng: np.random.Generator) -> None:
-        count = kept.numpy()
-        used = np.arange(self.draws)[:, None] < count
-        values = {name: value.numpy() for name, value in found.items()}
-        good = np.ones(len(count), bool)
-        for value in values.values():
-            good &= ~(np.isnan(value[0]) | (np.isnan(value[1:]) & used).any(0))
-        if not good.all():
-            self.failures["a test quantity is not a number"] += int((~good).sum())
-        for name, value in values.items():
-            truth, own = value[:1], value[1:]
-            with np.errstate(invalid="ignore"):  # of infinities that are equal, which tie
-                ties = (own == truth) | (np.abs(own - truth) <= 1e-9 * (1 + np.abs(truth)))
-            below = ((own < truth) & ~ties & used).sum(0)
-            rank = below + rng.integers((ties & used).sum(0) + 1)
-            u = (rank + rng.uniform(size=len(count))) / (count + 1)
-            self.u.setdefault(name, []).append(u[good])
-        self.kept.append(count[good])
-        self.total += len(count)
-
-    def quantities(self) -> tuple[Quantity, ...]:
-        joined = {name: np.concatenate(parts) for name, parts in self.u.items()}
-        return tuple(
-            Quantity(name, tuple(u.tolist()), uniformity(u), *(float(f(ndtri(u))) for f in (np.mean, np.std)))
-            for name, u in joined.items()
-            if len(u) >= FEWEST
-        )
-
-    def round(self) -> Round:
-        found = self.quantities()
-        p = [p for quantity in found for p in quantity.p_values.values()]
-        kept = np.concatenate(self.kept) if self.kept else np.zeros(0)
-        draws = float(np.median(kept)) if len(kept) else 0.0
-        return Round(len(kept), dict(self.failures), draws, min(1.0, min(p) * len(p)) if p else 1.0)
-
-
 # -- judge -----------------------------------------------------------------------------------------------------------
-
-
-def uniformity(u: np.ndarray) -> dict[str, float]:
-    """p-values of u (N) in (0, 1) being uniform, by five tests; two-sided where there are two sides."""
-    n = len(u)
-    bins = max(2, min(BINS, n // PER_BIN))
-    squares = float((ndtri(u) ** 2).sum())
-    return {
-        "chi-squared": float(stats.chisquare(np.bincount((u * bins).astype(int), minlength=bins)).pvalue),
-        "Kolmogorov-Smirnov": float(stats.kstest(u, "uniform").pvalue),
-        "mean": _two_sided((u.mean() - 0.5) * math.sqrt(12 * n)),
-        "spread": _two_sided((((u - 0.5) ** 2).mean() - 1 / 12) * math.sqrt(180 * n)),
-        "normal scores": float(min(1.0, 2 * min(stats.chi2.cdf(squares, n), stats.chi2.sf(squares, n)))),
-    }
-
-
-def _two_sided(z: float) -> float:
-    return float(2 * stats.norm.sf(abs(z)))
-
-
-def smallest_seen(replicates: int, quantities: int, limit: float) -> tuple[float, float]:
-    """Errors that 19 of 20 runs would reject at once: of a mean, in sds, and of an sd, relative.
-
-    A shift d moves the mean rank by d / (2 sqrt pi); an sd r times too small gives normal scores of variance 1 / r^2.
-    """
-    z = stats.norm.isf(limit / (10 * max(quantities, 1))) + stats.norm.isf(0.05)
-    return float(z * math.sqrt(math.pi / 3 / replicates)), float(z / math.sqrt(2 * replicates))
 
 
 def _verdict(last: Round, found: tuple[Quantity, ...], tiny: float, suspicious: float) -> tuple[str, str]:

@@ -20,7 +20,8 @@ from pyrometer.inference import ProblemError
 from .report import count
 
 if TYPE_CHECKING:
-    from .calibrate import Calibration, Quantity
+    from .calibrate import Calibration
+    from .ranks import Quantity
 
 COLOURS = {"passed": "green", "rejected": "red", "undecided": "yellow"}
 LEVEL = 0.95

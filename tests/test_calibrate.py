@@ -13,10 +13,11 @@ from bad_engines import F64, WRONG, Planted, repeated
 from click.testing import CliRunner
 from scipy import stats
 
-from pyrometer.benchmarks import calibrate as module
 from pyrometer.benchmarks import calibrate_report
-from pyrometer.benchmarks.calibrate import calibrate, smallest_seen, uniformity
+from pyrometer.benchmarks import ranks as module
+from pyrometer.benchmarks.calibrate import calibrate
 from pyrometer.benchmarks.cli import main
+from pyrometer.benchmarks.ranks import Quantity, Ranked, Round, smallest_seen, uniformity
 from pyrometer.inference import NUTS, SMC, SVI, Enumeration, ImportanceSampling, Problem, ProblemError
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import Draws, isolated
@@ -207,7 +208,7 @@ def test_one_inference_serves_as_many_data_as_are_asked_for(monkeypatch):
 
 def test_suspicious_ranks_are_followed_by_more_replicates(monkeypatch):
     p_values = iter([1e-4, 1e-4, 0.5])
-    monkeypatch.setattr(module._Ranked, "round", lambda self: module.Round(self.total, {}, 99.0, next(p_values)))
+    monkeypatch.setattr(Ranked, "round", lambda self: Round(self.total, {}, 99.0, next(p_values)))
     found = calibrate(PROBLEM, Planted(num_samples=100), replicates=100)
     assert [r.replicates for r in found.rounds] == [100, 400, 1600]
     assert found.state == "passed"
@@ -359,8 +360,8 @@ def test_the_band_holds_uniform_ranks_as_often_as_it_says():
 
 
 def test_a_quantity_outside_of_its_band_is_marked():
-    good = module.Quantity("a", tuple(np.linspace(0.001, 0.999, 400)), {"mean": 1.0}, 0.0, 1.0)
-    bad = module.Quantity("b", tuple(np.linspace(0.2, 0.999, 400)), {"mean": 1e-9}, 0.5, 0.8)
+    good = Quantity("a", tuple(np.linspace(0.001, 0.999, 400)), {"mean": 1.0}, 0.0, 1.0)
+    bad = Quantity("b", tuple(np.linspace(0.2, 0.999, 400)), {"mean": 1e-9}, 0.5, 0.8)
     assert calibrate_report.leaves_band(good) is None
     assert calibrate_report.leaves_band(bad) == pytest.approx(0.2, abs=0.02)
 
