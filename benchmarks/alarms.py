@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from pyrometer.inference import Posterior, accuracy
-from pyrometer.inference import diagnostics as limits
+from pyrometer.inference.chain_diagnostics import E_BFMI_CAUTION, ESS_CAUTION, R_HAT_BAD, R_HAT_CAUTION
+from pyrometer.inference.weight_diagnostics import KISH_CAUTION
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -121,13 +122,13 @@ class Alarm:
 
 
 ALARMS = (
-    Alarm("R-hat", f"> {limits.R_HAT_CAUTION}", "r_hat", lambda v, _: v <= limits.R_HAT_CAUTION),
-    Alarm("R-hat, bad", f"> {limits.R_HAT_BAD}", "r_hat", lambda v, _: v <= limits.R_HAT_BAD),
-    Alarm("ESS of a chain", f"< {limits.ESS_CAUTION}", "ess", lambda v, _: v >= limits.ESS_CAUTION),
+    Alarm("R-hat", f"> {R_HAT_CAUTION}", "r_hat", lambda v, _: v <= R_HAT_CAUTION),
+    Alarm("R-hat, bad", f"> {R_HAT_BAD}", "r_hat", lambda v, _: v <= R_HAT_BAD),
+    Alarm("ESS of a chain", f"< {ESS_CAUTION}", "ess", lambda v, _: v >= ESS_CAUTION),
     Alarm("divergences", "> 0", "divergences", lambda v, _: v == 0),
-    Alarm("E-BFMI", f"< {limits.E_BFMI_CAUTION}", "e_bfmi", lambda v, _: v >= limits.E_BFMI_CAUTION),
+    Alarm("E-BFMI", f"< {E_BFMI_CAUTION}", "e_bfmi", lambda v, _: v >= E_BFMI_CAUTION),
     Alarm("k-hat", "> min(1 - 1/log10 S, 0.7)", "k_hat", lambda v, f: v <= f.get("k_hat_threshold", 0.7)),
-    Alarm("Kish ESS", f"< {limits.KISH_CAUTION}", "kish", lambda v, _: v >= limits.KISH_CAUTION),
+    Alarm("Kish ESS", f"< {KISH_CAUTION}", "kish", lambda v, _: v >= KISH_CAUTION),
     Alarm("acceptance", f"< {LOW_ACCEPTANCE}", "acceptance", lambda v, _: v >= LOW_ACCEPTANCE),
     Alarm("ELBO convergence", f"> {STILL_RISING} nats a datum", "elbo_drift", lambda v, _: v <= STILL_RISING),
     Alarm("gap of the bound", f"> {LOOSE_BOUND} nats", "bound_gap", lambda v, _: v <= LOOSE_BOUND),

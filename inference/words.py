@@ -31,3 +31,8 @@ def unravel(flat: int, shape: Sequence[int]) -> list[int]:
         flat, i = divmod(flat, size)
         index.append(i)
     return index[::-1]
+
+
+def both(first: Judgement, second: Judgement) -> Judgement:
+    """The figures and findings of two judgements as one."""
+    return {**first[0], **second[0]}, [*first[1], *second[1]]
