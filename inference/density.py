@@ -25,8 +25,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .batching import batched_randomness, chunk_of, over_draws
+from .compilations import Compilations
 from .compile import Compiled, Function
-from .compiler import Compiler
 from .layout import Layout
 from .one_draw import GuideDraws, OneDraw, PriorDraws
 from .parameters import HasParameters, Loan, divided, kept_frozen
@@ -76,7 +76,7 @@ class Density:
         self.theta, self.improper, self.data_plate = model.theta, model.improper, model.data_plate
         self.phi, self._guide_fault = guide.phi, guide.fault
         self._loan.add(self.theta, self.phi)
-        self._compiler = Compiler([*self.theta.tensors, *self.phi.tensors], backend)
+        self._compilations = Compilations([*self.theta.tensors, *self.phi.tensors], backend)
         self._layout = Layout.of(model.sites, guide.sites, model.batch_plates)
         own = self.theta.dtype or self.phi.dtype or data_dtype(problem)
         self._settle(dtype or (own if learning else torch.float64), own, parameters)
@@ -322,7 +322,7 @@ class Density:
                 return self.value_and_grad(v)
 
         with self.uncounted():
-            return self._compiler.at(function, u, self.row_numbers)
+            return self._compilations.at(function, u, self.row_numbers)
 
     def compile(
         self, function: Function, examples: list[tuple[Tensor, ...]], moving: list[Tensor], native: bool = True
@@ -330,7 +330,7 @@ class Density:
         """A function made of this density's, compiled, not counted; theta, phi and what else moves are read where
         they live. `native=False`: machine code would not pay for itself."""
         with self.uncounted():
-            return self._compiler.compile(function, examples, moving, native)
+            return self._compilations.compile(function, examples, moving, native)
 
     def compiled_value_and_grad(self, u: Tensor) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
         """`value_and_grad` for many calls at the shape of u, counted."""
@@ -349,12 +349,12 @@ class Density:
     @property
     def backend(self) -> str:
         """The back end of what was compiled last; 'eager' before."""
-        return self._compiler.backend
+        return self._compilations.backend
 
     @property
     def compile_seconds(self) -> float:
         """What all tracing and compiling took."""
-        return self._compiler.seconds
+        return self._compilations.seconds
 
     @contextmanager
     def uncounted(self) -> Iterator[None]:

@@ -487,7 +487,7 @@ def test_a_compiled_density_follows_the_minibatch(backend):
                 assert density.counts["gradients"] - before == pytest.approx(2 * len(rows) / 6)
                 for a, b in zip(found, density.value_and_grad(u), strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
-        assert len(density._compiler.made) == 2
+        assert len(density._compilations.made) == 2
 
 
 COMPOSED = {

@@ -11,7 +11,7 @@ from torch import Tensor
 from .compile import Compiled, Function, check_backend, compiled
 
 
-class Compiler:
+class Compilations:
     """Compiles for one density, and keeps what it made.
 
     parameters  tensors that every function reads and that move between calls: theta and phi
