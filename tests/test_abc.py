@@ -421,7 +421,7 @@ def test_what_simulations_do_not_show_is_unsupported():
         (discrete, ABC(method="smc"), "method='smc' moves continuous latents only"),
         (discrete, ABC(regression=True), "regression moves continuous latents only"),
     ):
-        posterior = infer(Problem(model, args=(torch.tensor([1.0, 0.5], dtype=F64),)), engine)
+        posterior = infer(Problem(model, args=(torch.tensor([1.0, -0.5], dtype=F64),)), engine)
         assert posterior.status.state == "unsupported"
         assert reason in posterior.status.reason
 
