@@ -40,15 +40,18 @@ class _OutOfPlaceRandomness(TorchFunctionMode):
         return _OUT_OF_PLACE.get(func, func)(*args, **(kwargs or {}))
 
 
+def log_gammas(shape: Tensor) -> Tensor:
+    """Logs of draws from Gamma(shape, 1): gamma(a) = gamma(a + 1) U^(1/a), so that small shapes do not underflow."""
+    uniform = torch.rand_like(shape).clamp_min(torch.finfo(shape.dtype).tiny)
+    return torch._standard_gamma(shape + 1).log() + uniform.log() / shape
+
+
 class _DirichletByGammas:
     """torch's Dirichlet draws through an autograd function that vmap cannot enter; gammas give the same law."""
 
     @staticmethod
     def apply(concentration: Tensor) -> Tensor:
-        # gamma(a) = gamma(a + 1) U^(1/a), in logs, so that small concentrations do not underflow
-        uniform = torch.rand_like(concentration).clamp_min(torch.finfo(concentration.dtype).tiny)
-        log_gamma = torch._standard_gamma(concentration + 1).log() + uniform.log() / concentration
-        return torch.softmax(log_gamma, -1)
+        return torch.softmax(log_gammas(concentration), -1)
 
 
 @contextmanager

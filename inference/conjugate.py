@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from .batching import log_gammas
+
 MOST_DIMENSIONS = 10  # of a normal vector: it takes (D + 1) (D + 2) / 2 points
 POWERS = (1.0, -1.0, -2.0, 2.0)
 TINY = torch.finfo(torch.float64).tiny
@@ -235,7 +237,7 @@ class Beta:
         return (b > -1).all(0)
 
     def draw(self, b: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
-        t = torch.softmax(_log_gamma(b + 1), 0)[0]
+        t = torch.softmax(log_gammas(b + 1), 0)[0]
         return t.clamp(TINY, 1 - 2.0**-53), frame
 
 
@@ -266,14 +268,8 @@ class Dirichlet:
         return (b > -1).all(0)
 
     def draw(self, b: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
-        t = torch.softmax(_log_gamma(b + 1), 0).clamp_min(TINY)
+        t = torch.softmax(log_gammas(b + 1), 0).clamp_min(TINY)
         return t.movedim(0, -1), frame
-
-
-def _log_gamma(shape: Tensor) -> Tensor:
-    """log of Gamma(shape, 1): gamma(a) = gamma(a + 1) U^(1/a), so that small shapes do not underflow."""
-    uniform = torch.rand_like(shape).clamp_min(TINY)
-    return torch._standard_gamma(shape + 1).log() + uniform.log() / shape
 
 
 def candidates(domain: Any, event_shape: tuple[int, ...]) -> Iterator[Family]:
