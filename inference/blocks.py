@@ -182,16 +182,12 @@ class Within:
         self, density: Density, names: Sequence[str], terms: Sequence[str], kernel: Kernel, state: State
     ) -> None:
         self.density, self.names, self.terms, self.kernel, self.state = density, list(names), list(terms), kernel, state
-        batch = len(density.batch_shape)
-        self.sites = [density.latents[n] for n in names]
-        self.shapes = [s.own_shape(s.unconstrained_shape, s.unconstrained_event_dim)[batch:] for s in self.sites]
-        self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.dim = sum(self.sizes)
+        self.layout = density.layout.only(names)
         self.chains = len(next(iter(state.values())))
         data = max(1, density.batch_shape.numel())
         self.lanes = Lanes(density, self.chains, self._parts, self.chains * data, list(state.values()))
         # a support that moves with other latents moves the unconstrained value of one that stands still
-        self.carries = all(_plain(s.domain) for s in self.sites)
+        self.carries = all(_plain(s.domain) for s in self.layout.sites.values())
         self.made = False
         self.slots = [()]
 
@@ -202,14 +198,6 @@ class Within:
 
     # -- the density of the block, the others read from the state ------------------------------------------------
 
-    def _free(self, u: Tensor) -> State:
-        """u (*batch, D) -> site -> unconstrained, as Pyro lays it out."""
-        parts = torch.split(u, self.sizes, -1)
-        return {
-            name: site.to_pyro(part.reshape((*part.shape[:-1], *shape)), site.unconstrained_event_dim)
-            for name, site, shape, part in zip(self.names, self.sites, self.shapes, parts, strict=True)
-        }
-
     def _rows(self) -> Any:
         """Inside, the program sees the rows that the lanes are of."""
         rows = self.lanes.rows
@@ -219,7 +207,7 @@ class Within:
         batch = density.batch_shape
 
         def one(values: Mapping[str, Tensor]) -> Tensor:
-            reading = density.read({**values, **self._free(values[""])}, self.names, TERMS)
+            reading = density.read({**values, **self.layout.given(values[""])}, self.names, TERMS)
             total: Any = reading.log_jacobian
             for term in self.terms:
                 total = total + Scribe._per_element(reading.terms[term], density.sites[term])
@@ -230,18 +218,16 @@ class Within:
 
     def _unconstrained(self, *values: Tensor) -> tuple[Tensor, ...]:
         def one(row: Mapping[str, Tensor]) -> Tensor:
-            parts = self.density.read(row, want=frozenset({"unconstrained"})).unconstrained
-            batch = len(self.density.batch_shape)
-            return torch.cat([parts[n].reshape(*parts[n].shape[:batch], -1) for n in self.names], -1)
+            return self.layout.flat(self.density.read(row, want=frozenset({"unconstrained"})).unconstrained)
 
         with self._rows():
             return (self.density.batched(one, dict(zip(self.state, values, strict=True)), self.chains),)
 
     def _constrained(self, u: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
         def one(row: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
-            free = self._free(row[""])
+            free = self.layout.given(row[""])
             found = self.density.read({**row, **free}, self.names, frozenset({"values"})).values
-            return tuple(s.to_pyro(found[n], s.event_dim) for n, s in zip(self.names, self.sites, strict=True))
+            return tuple(s.to_pyro(found[n], s.event_dim) for n, s in self.layout.sites.items())
 
         with self._rows():
             return self.density.batched(one, {**dict(zip(self.state, values, strict=True)), "": u}, self.chains)
@@ -254,7 +240,7 @@ class Within:
         rolled = tuple(torch.roll(v, 1, 0) for v in values)
         shaped = self._unconstrained(*values)[0]
         self.shape = shaped.shape
-        u = shaped.reshape(-1, self.dim)
+        u = shaped.reshape(-1, self.layout.dim)
         self._to_u = lanes.compile(self._unconstrained, [values, rolled])
         self._to_values = lanes.compile(self._constrained, [(shaped, *values), (shaped + 0.1, *rolled)])
         gradient = self.kernel.gradient
@@ -277,7 +263,7 @@ class Within:
         self.lanes.renew()
         if not self.made:
             self._make()
-        u = self._to_u(*self.state.values())[0].reshape(-1, self.dim)
+        u = self._to_u(*self.state.values())[0].reshape(-1, self.layout.dim)
         self.u, ones = u, torch.ones_like(u[:, 0])
         self.keys, self.counter = (
             streams.keys(seed, len(u), u.device),
@@ -289,7 +275,7 @@ class Within:
 
     def move(self, state: State, turn: int = 0) -> None:
         if not self.carries:
-            self.u = self._to_u(*state.values())[0].reshape(-1, self.dim)
+            self.u = self._to_u(*state.values())[0].reshape(-1, self.layout.dim)
         point = Point(self.u, *self._evaluate(self.u))
         self.lanes.count(1, self.kernel.gradient)
         ones = torch.ones_like(self.step)

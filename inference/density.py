@@ -77,7 +77,7 @@ class Density:
         self.phi, self._guide_fault = guide.phi, guide.fault
         self._loan.add(self.theta, self.phi)
         self._compilations = Compilations([*self.theta.tensors, *self.phi.tensors], backend)
-        self._layout = Layout.of(model.sites, guide.sites, model.batch_plates)
+        self.layout = Layout.of(model.sites, guide.sites, model.batch_plates)
         own = self.theta.dtype or self.phi.dtype or data_dtype(problem)
         self._settle(dtype or (own if learning else torch.float64), own, parameters)
 
@@ -86,7 +86,7 @@ class Density:
         for attempt in dict.fromkeys((dtype, own)):
             self.dtype = attempt
             self._loan.cast(attempt, self.device)
-            self._lay_out(self._layout)
+            self._lay_out(self.layout)
             try:
                 with self, torch.no_grad(), torch.random.fork_rng(devices=[]):
                     if parameters:
@@ -103,7 +103,7 @@ class Density:
 
     def _lay_out(self, layout: Layout) -> None:
         """Take this layout, and all data in the dtype."""
-        self._layout = layout
+        self.layout = layout
         self._rows = Rows(self.problem, self.data_plate, len(layout.batch_plates), self.dtype, self.device)
         self._one = OneDraw(self.problem, layout, self._rows)
         self.sites, self.latents, self.batch_plates = layout.sites, layout.latents, layout.batch_plates
@@ -293,7 +293,7 @@ class Density:
         """Every site that z tells, constrained, (*sample, *batch, *event): the latents that it gives, and, where it
         gives all of them, the `pyro.deterministic` ones that can be told per batch element."""
         given = self.continuous if isinstance(z, Tensor) else [n for n in self.latents if n in z]
-        follow = self._layout.followers if len(given) == len(self.latents) else []
+        follow = self.layout.followers if len(given) == len(self.latents) else []
         if isinstance(z, Tensor):
             return self._recorded(z, given + follow)
         return {**{n: z[n] for n in given}, **(self._recorded(z, follow) if follow else {})}
@@ -386,7 +386,7 @@ class Density:
         z = z if isinstance(z, Tensor) else {n: v for n, v in z.items() if n in sites}
         if not isinstance(z, Tensor) and not z:  # nothing to give: one run tells all
             return self._map(lambda _: function({}), torch.zeros(1), 1, counted=counted)[0]
-        sample = self._layout.sample_shape(z, sites)
+        sample = self.layout.sample_shape(z, sites)
 
         def flat(v: Tensor) -> Tensor:
             return converted(v, self.dtype, self.device).reshape((-1, *v.shape[len(sample) :]))
@@ -404,7 +404,7 @@ class Density:
             tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs.values())
             grad = torch.is_grad_enabled() and (self.learning or any(t.requires_grad for t in tensors))
             self.counts["gradients" if grad else "evaluations"] += count * self.batch_share
-        chunk, compiles = chunk_of(count, self._layout.numel)
+        chunk, compiles = chunk_of(count, self.layout.numel)
         with self, pyro.validation_enabled(False):
             return over_draws(
                 function, inputs, count, vectorised=self.vectorised, random=random or bool(self.simulated),

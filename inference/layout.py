@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -31,6 +31,10 @@ class Layout:
         inside = {n: replace(s, batch=dims) for n, s in sites.items() if all(p in s.plates for p in batch_plates)}
         guide = {n: replace(s, batch=dims) for n, s in guide_sites.items()}
         return cls({**sites, **inside}, guide, batch_plates)
+
+    def only(self, names: Iterable[str]) -> Layout:
+        """The layout of these sites alone, one after another."""
+        return Layout({n: self.sites[n] for n in names}, {}, self.batch_plates)
 
     @cached_property
     def latents(self) -> dict[str, Site]:
