@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import EngineError
 from pyrometer.inference.laplace import laplace
+from pyrometer.inference.posterior import gathered
 from pyrometer.inference.problem import ProblemError
 
 FAMILIES = ("AutoNormal", "AutoMultivariateNormal")
@@ -146,7 +147,7 @@ def best_members(
     weights = torch.stack([log_weights(density, member, noise) for member in candidates])
     taken = weights.mean(1).nan_to_num(nan=-math.inf).argmax(0)
     if start_counts:
-        better = log_weights(density, start, noise) - _choose(weights.movedim(1, -1), taken).movedim(-1, 0)
+        better = log_weights(density, start, noise) - gathered(weights.movedim(1, -1), taken[None])[0].movedim(-1, 0)
         doubt = UNDOUBTED * better.std(0) / math.sqrt(SELECTION)
         candidates.append(start)
         slacks.append(torch.zeros_like(slacks[0]))
@@ -154,14 +155,8 @@ def best_members(
     taken = taken.to(start.loc.device)
     loc = torch.stack([member.loc for member in candidates])
     tril = torch.stack([member.tril for member in candidates])
-    left = float(_choose(torch.stack(slacks), taken).mean())
-    return Gaussian(_choose(loc, taken), _choose(tril, taken)), left
-
-
-def _choose(values: Tensor, index: Tensor) -> Tensor:
-    """values (C, *batch, ...), index (*batch) -> (*batch, ...)."""
-    index = index.reshape((1, *index.shape, *[1] * (values.dim() - 1 - index.dim())))
-    return values.gather(0, index.expand(1, *values.shape[1:]))[0]
+    left = float(gathered(torch.stack(slacks), taken[None]).mean())
+    return Gaussian(gathered(loc, taken[None])[0], gathered(tril, taken[None])[0]), left
 
 
 def _starts(density: Density, start: Gaussian, family: str) -> list[Gaussian]:

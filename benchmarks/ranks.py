@@ -19,6 +19,7 @@ from scipy.special import ndtri
 from torch import Tensor
 
 from pyrometer.inference import Posterior
+from pyrometer.inference.posterior import gathered
 from pyrometer.inference.statistics import ess
 
 FEWEST = 100  # replicates: with fewer the tests' laws are not what they say
@@ -81,12 +82,7 @@ def near_independent(
         kept = _count(worth, most, total)
         index = ((steps + 0.5) / kept * total).long().clamp_max(total - 1)  # evenly spaced over all chains
     index = index.reshape(most, *batch)
-    draws = {}
-    for name, values in posterior.draws.items():
-        flat = values.flatten(0, 1)
-        wide = index.reshape(index.shape + (1,) * (flat.dim() - index.dim()))
-        draws[name] = flat.gather(0, wide.expand(most, *flat.shape[1:]))
-    return draws, kept
+    return {name: gathered(values.flatten(0, 1), index) for name, values in posterior.draws.items()}, kept
 
 
 def _is_rule(posterior: Posterior) -> bool:

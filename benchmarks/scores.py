@@ -18,7 +18,7 @@ from pyrometer.inference import Posterior
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 from pyrometer.inference.guides import AutoGuide, make_guide
-from pyrometer.inference.posterior import Cost, Evidence
+from pyrometer.inference.posterior import Cost, Evidence, gathered
 from pyrometer.inference.problem import ProblemError, Reference
 from pyrometer.inference.statistics import k_hat_threshold, psis
 
@@ -277,18 +277,12 @@ def kernel_stein(posterior: Posterior, reference: Reference) -> Score | None:
         index = torch.zeros(most, number, dtype=torch.long)
         for i, (at, _) in zip(chosen.tolist(), picked, strict=True):
             index[: len(at), i] = at
-        z = {n: _taken(v, index.reshape(most, *batch)) for n, v in flat.items()}
+        z = {n: gathered(v, index.reshape(most, *batch)) for n, v in flat.items()}
         u = density.unconstrain(z)
         gradient = density.value_and_grad(u)[1]
     u, gradient = (t.double().cpu().reshape(most, number, -1)[:, chosen] for t in (u, gradient))
     values = [stein(u[: len(w), i], gradient[: len(w), i], w) for i, (_, w) in enumerate(picked)]
     return summary(values, [_places(batch)[i] for i in chosen.tolist()])
-
-
-def _taken(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, *batch, *event), index (T, *batch) -> (T, *batch, *event)."""
-    wide = index.reshape(index.shape + (1,) * (values.dim() - index.dim()))
-    return values.gather(0, wide.expand(len(index), *values.shape[1:]))
 
 
 def stein(u: Tensor, gradient: Tensor, w: Tensor) -> float:

@@ -13,8 +13,8 @@ from .density import Density
 from .engine import EngineError
 from .engines.enumeration import Enumeration, every_value
 from .laplace import climb, starting_points
+from .posterior import gathered
 from .proposals import Proposal, Z, refuse_undefined
-from .simulations import pick
 
 PILOT, STARTS = 500, 6
 ROUNDING = 1e-9
@@ -110,9 +110,9 @@ def _climbed(proposal: Proposal, density: Density, z: Z, log_w: Tensor) -> tuple
     ranked = log_w.argsort(0, descending=True)[: STARTS // 2]
     others = torch.arange(STARTS // 2, device=u.device).reshape(-1, *[1] * (log_w.dim() - 1)).expand_as(ranked)
     order = torch.cat([ranked, others])
-    starts, discrete = pick(u, order), {}
+    starts, discrete = gathered(u, order), {}
     if not isinstance(z, Tensor):
-        discrete = {n: pick(z[n], order) for n in density.discrete if n in z}
+        discrete = {n: gathered(z[n], order) for n in density.discrete if n in z}
     if not discrete:
         starts = torch.cat([starts, starting_points(density)])
     flat = isinstance(z, Tensor)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
+from .posterior import gathered
 from .resampling import ancestors, takes
 from .tempering import added, of_families
 
@@ -61,7 +62,7 @@ class Cloud:
         """A site's values in the lanes that stand now, (lanes, *batch, *own)."""
         value, since = self.present[name]
         for index in self.ancestors[since:]:
-            value = taken(value, index)
+            value = gathered(value, index)
         self.present[name] = value, len(self.ancestors)
         return self.lanes(value)
 
@@ -112,11 +113,5 @@ class Cloud:
             for earlier in reversed(self.ancestors[when:at]):
                 index = earlier if index is None else earlier.gather(0, index)
             at = min(at, when)
-            found[name] = value if index is None else taken(value, index)
+            found[name] = value if index is None else gathered(value, index)
         return {name: found[name] for name in self.values}
-
-
-def taken(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, R, *batch, *own) of the particles index (S, R, *batch)."""
-    expanded = index.reshape(*index.shape, *[1] * (values.dim() - index.dim()))
-    return values.gather(0, expanded.expand(*index.shape, *values.shape[index.dim() :]))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .density import Density
 from .engine import EngineError, Run
+from .posterior import gathered
 
 RISING = 1e-6  # nats that a climb may still be below its mode
 
@@ -72,7 +73,8 @@ def laplace(
     if not bool(value.amax(0).isfinite().all()):
         raise EngineError("the log joint or its curvature is not finite at any of the starting points")
     best = value.argmax(0)
-    climbed, u, gradient, hessian = u, _pick(u, best), _pick(gradient, best), _pick(hessian, best)
+    climbed = u
+    u, gradient, hessian = (gathered(t, best[None])[0] for t in (u, gradient, hessian))
     eigenvalues, vectors = torch.linalg.eigh(-hessian)
     if not bool(eigenvalues.isfinite().all()):
         raise EngineError("the curvature of the log joint at its mode is not finite")
@@ -197,13 +199,7 @@ def starting_points(density: Density, count: int = 6, tries: int = 20) -> Tensor
     shuffled = rest.gather(0, torch.rand(rest.shape, device=rest.device).argsort(0))
     order = torch.cat([order[:best], shuffled[: count - best]])
     order = torch.where(value.gather(0, order).isfinite(), order, order[:1])
-    return u.gather(0, order[..., None].expand(*order.shape, u.shape[-1]))
-
-
-def _pick(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, *batch, ...), index (*batch) -> (*batch, ...)."""
-    index = index.reshape((1, *index.shape, *[1] * (values.dim() - 1 - index.dim())))
-    return values.gather(0, index.expand(1, *values.shape[1:]))[0]
+    return gathered(u, order)
 
 
 def _curvature(density: Density, function: Callable[[Tensor], Tensor], u: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -269,7 +269,7 @@ class Posterior:
 
 
 def gathered(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, *batch, *event), index (T, *batch) -> (T, *batch, *event)."""
+    """Draws by their numbers, datum by datum: values (S, *batch, *event), index (T, *batch) -> (T, *batch, *event)."""
     expanded = index.reshape(index.shape + (1,) * (values.dim() - index.dim()))
     return values.gather(0, expanded.expand(index.shape[0], *values.shape[1:]))
 

@@ -23,10 +23,11 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
-from .cloud import Cloud, Plan, taken
+from .cloud import Cloud, Plan
 from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
+from .posterior import gathered
 from .program import SOMETIMES, Scribe, Site, lift_mask
 
 
@@ -323,7 +324,7 @@ def _smoothed(
 
     def stand(step: int, index: Tensor) -> None:
         for name in time.steps[step]:
-            cloud.present[name] = taken(cloud.values[name][0], index), len(cloud.ancestors)
+            cloud.present[name] = gathered(cloud.values[name][0], index), len(cloud.ancestors)
         lineage.clock += 1
 
     def height(step: int, index: Tensor) -> Tensor:
@@ -364,5 +365,5 @@ def _smoothed(
         chosen[step] = index
         stand(step, index)
     return {
-        name: taken(cloud.values[name][0], chosen[step]) for step, names in enumerate(time.steps) for name in names
+        name: gathered(cloud.values[name][0], chosen[step]) for step, names in enumerate(time.steps) for name in names
     }  # fmt: skip

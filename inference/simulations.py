@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .density import Density
 from .engine import EngineError, Run
+from .posterior import gathered
 from .problem import ProblemError
 
 NUMBERS = 2**20  # that are simulated at a time, roughly: more leave the processor's cache
@@ -143,13 +144,9 @@ def nearest(
 
 def _best(found: Simulated, keep: int) -> Simulated:
     distance, index = found.distance.topk(min(keep, len(found.distance)), 0, largest=False)
-    return Simulated({n: pick(v, index) for n, v in found.latents.items()}, pick(found.summary, index), distance)
-
-
-def pick(values: Tensor, index: Tensor) -> Tensor:
-    """values (S, *batch, ...), index (K, *batch) -> (K, *batch, ...)."""
-    expanded = index.reshape((*index.shape, *[1] * (values.dim() - index.dim())))
-    return values.gather(0, expanded.expand((*index.shape, *values.shape[index.dim() :])))
+    return Simulated(
+        {n: gathered(v, index) for n, v in found.latents.items()}, gathered(found.summary, index), distance
+    )
 
 
 def _summaries(density: Density, sites: dict[str, Tensor], summary: Any) -> Tensor:

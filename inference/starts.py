@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .density import Density
 from .engine import EngineError, Run, seed_all
+from .posterior import gathered
 from .problem import ProblemError
 
 CHOICE = 10  # points, of which the best is taken
@@ -75,7 +76,7 @@ def _apart(density: Density, run: Run, num_chains: int, tries: int) -> Tensor:
 def _best(u: Tensor, score: Tensor) -> Tensor:
     """Of points (n, ..., D) with scores (n, ...) the best, (..., D)."""
     at = score.nan_to_num(nan=-torch.inf, posinf=-torch.inf).argmax(0)
-    return u.gather(0, at[None, ..., None].expand(1, *u.shape[1:]))[0]
+    return gathered(u, at[None])[0]
 
 
 def _start(density: Density, given: Mapping[str, Tensor], tries: int, chain: int) -> Tensor:

@@ -31,9 +31,10 @@ from torch import Tensor
 from ..acceptance import until_accepted
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain
+from ..posterior import gathered
 from ..problem import ProblemError
 from ..settings import check_choice, settings
-from ..simulations import Comparison, Simulated, nearest, pick, still_moving
+from ..simulations import Comparison, Simulated, nearest, still_moving
 
 METHODS = ("rejection", "smc")
 FAR = 0.5  # of the median distance of simulations from the prior: nearer ones must be, to tell anything
@@ -229,7 +230,7 @@ class Kernel(NamedTuple):
         rows = self.weights.reshape(len(self.u), -1).T  # (N, S)
         parent = torch.multinomial(rows, count, replacement=True).T.reshape(count, *self.weights.shape[1:])
         noise = torch.randn((count, *self.u.shape[1:]), dtype=self.u.dtype, device=self.u.device)
-        return pick(self.u, parent) + (self.tril @ noise[..., None])[..., 0]
+        return gathered(self.u, parent) + (self.tril @ noise[..., None])[..., 0]
 
     def log_density(self, u: Tensor, numbers: int = 2**24) -> Tensor:
         """log q(u), (S', *batch); some data at a time."""

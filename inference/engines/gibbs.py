@@ -24,6 +24,7 @@ from ..density import Density
 from ..engine import Draws, EngineError, Run
 from ..kernels import adaptation
 from ..kernels.metropolis import Kernel
+from ..posterior import gathered
 from ..problem import ProblemError
 from ..settings import check_choice, check_positive, settings
 from ..starts import CHOICE
@@ -176,8 +177,8 @@ class Gibbs:
             better = top > score if score is not None else torch.ones_like(top) > 0
             for name, value in values.items():
                 rows = value.reshape(CHOICE, chains, *value.shape[1:])
-                wide = (*at.shape, *[1] * (rows.dim() - 1 - at.dim()))
-                one = rows.gather(0, at.reshape(1, *wide).expand(1, *rows.shape[1:]))[0]
+                one = gathered(rows, at[None])[0]
+                wide = (*at.shape, *[1] * (one.dim() - at.dim()))
                 best[name] = torch.where(better.reshape(wide), one, best.get(name, one))
             score = top if score is None else torch.maximum(score, top)
             if bool(score.isfinite().all()):
