@@ -87,7 +87,8 @@ class ABC:
         factors = [n for n, s in density.sites.items() if s.role == "factor"]
         if density.improper or factors:
             return f"site {[*density.improper, *factors][0]!r} cannot be drawn from, so data cannot be simulated"
-        reweighted = [n for n, s in density.sites.items() if s.reweighted and (s.role == "latent" or not self.summary)]
+        shown = ("latent",) if self.summary else ("latent", "observed")
+        reweighted = [n for n, s in density.sites.items() if s.reweighted and s.role in shown]
         if reweighted:
             return f"site {reweighted[0]!r} is masked or scaled, which simulated data do not show"
         if (self.method == "smc" or self.regression) and density.discrete:
