@@ -316,6 +316,8 @@ def _fold_constants(traced: Traced, moving: list[Tensor]) -> None:
                 folded = graph.get_attr(traced.constant(value.detach().clone()))
             folded.meta["val"] = node.meta["val"]
             node.replace_all_uses_with(folded)
+        elif value is None:  # a check of constants, which has passed
+            graph.erase_node(node)
     graph.eliminate_dead_code()
 
 

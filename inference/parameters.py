@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from .problem import Problem, ProblemError
+from .shapes import shapes_without_symbols
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +176,7 @@ class Loan:
         if self._depth == 1:
             with ExitStack() as stack:
                 stack.enter_context(pyro.get_param_store().scope(self._store))
+                stack.enter_context(shapes_without_symbols())
                 for lent in self._lent:
                     stack.enter_context(lent.lend())
                 if self._defaults is not None:

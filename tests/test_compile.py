@@ -15,6 +15,8 @@ from pyrometer.inference import ML, NUTS, SVI, Problem, infer, learn
 from pyrometer.inference import compile as compile_module
 from pyrometer.inference.compile import compiled, traced
 from pyrometer.inference.density import Density
+from pyrometer.inference.native.function import lowered
+from pyrometer.inference.trace import trace
 
 F64 = torch.float64
 X = torch.linspace(-1, 2, 6, dtype=F64)
@@ -251,6 +253,24 @@ def test_a_function_that_raises_is_kept_with_its_reason():
     run, why_not = traced(function, [(v(1.0),)], [])
     assert run is function
     assert why_not == "not traced: no such thing"
+
+
+def test_a_check_of_constants_is_made_once_and_not_at_every_call():
+    """The matrix comes of an operation that has no lowering, and needs none: it is a constant."""
+
+    def function(x, shift):
+        return ((torch.linalg.cholesky(torch.eye(3, dtype=F64) + shift) @ x).sum(),)
+
+    example = (v(1, 2, 3),)
+    run = compiled(lambda x: function(x, 0.5), [example], [])
+    assert (run.backend, run.why) == ("native", "")
+    torch.testing.assert_close(run(v(0.3, -1, 2)), function(v(0.3, -1, 2), 0.5), rtol=1e-12, atol=1e-12)
+    graph = compile_module._trace(lambda x: function(x, 0.5), [example], [], 100).graph
+    assert not any("check_errors" in str(node.target) or "eye" in str(node.target) for node in graph.nodes)
+    refused = compiled(lambda x: function(x, -2.0), [example], [])
+    assert refused.backend == "eager"
+    with pytest.raises(torch.linalg.LinAlgError):
+        refused(*example)
 
 
 def test_programs_of_one_graph_keep_their_own_data():
@@ -491,13 +511,14 @@ def test_a_compiled_density_follows_the_minibatch(backend):
 
 
 COMPOSED = {
-    "log_softmax": lambda x: torch.log_softmax(x, -1).mul(x).sum(),
-    "softmax": lambda x: torch.softmax(x, 0).square().sum(),
-    "logsumexp": lambda x: torch.logsumexp(x, 1).exp().sum(),
-    "gelu": lambda x: torch.nn.functional.gelu(x).sum(),
-    "var": lambda x: x.var(1, correction=0).log().sum(),
-    "std": lambda x: x.std(0).log().sum(),
-    "norm": lambda x: x.norm(dim=1).log().sum(),
+    "silu": lambda x: torch.nn.functional.silu(x).sum(),
+    "huber": lambda x: torch.nn.functional.huber_loss(x, x.detach().flip(0)),
+    "cross_entropy": lambda x: torch.nn.functional.cross_entropy(x, torch.arange(7) % 4),
+    "addcmul": lambda x: torch.addcmul(x, x, x.exp(), value=0.5).sum(),
+    "lerp": lambda x: torch.lerp(x, x.square(), 0.3).sum(),
+    "logit": lambda x: torch.logit(x).square().sum(),
+    "mvlgamma": lambda x: torch.mvlgamma(x + 3, 2).sum(),
+    "trace": lambda x: x.mT.mm(x).trace(),
 }
 
 
@@ -512,6 +533,7 @@ def test_operations_that_torch_writes_by_others_become_machine_code(name):
 
     torch.manual_seed(0)
     examples = [(torch.rand(7, 4, dtype=F64),), (torch.rand(7, 4, dtype=F64),)]
+    assert not lowered(trace(function, examples[0]).graph)
     run = compiled(function, examples, [])
     assert (run.backend, run.why) == ("native", "")
     for a, b in zip(run(examples[1][0]), function(examples[1][0]), strict=True):

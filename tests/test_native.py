@@ -440,6 +440,30 @@ MANY = [
     torch.tensor([3, 5] * 20),
 ]
 
+# rows and columns with infinities, with NaN, with nothing but infinities, and with numbers that overflow
+EXTREME = torch.tensor(
+    [
+        [INF, 1, 2, 3, -INF, INF, 5],
+        [-INF, -INF, -INF, -INF, -INF, -INF, -INF],
+        [NAN, 0, 1, 2, -INF, INF, -5],
+        [1e3, 1e3, -1e3, 0, -INF, 999, 1],
+        [0, -1e308, -1e3, 3, -INF, -800, 1e308],
+        [-1e3, -1e3, -1001, -1e3, -INF, -999, -1e3],
+    ],
+    dtype=F64,
+)
+
+
+def over_dims(f: Callable[..., Tensor]) -> list[tuple[Any, ...]]:
+    return [
+        (lambda x: (f(x, 0), f(x, -1), f(x[0], 0), f(x[0, 0], 0), f(x[:, :1], 1)), M),
+        (lambda x: (f(x, 1), f(x.mT, 2), f(x.exp(), 0)), real(2, 5, 3)),
+        (lambda x: (f(x, 0), f(x, 1)), exactly(EXTREME)),
+        (lambda x: (f(x[:0], 0), f(x.expand(3, 7), 0), f(torch.full_like(x, 0.3), 0)), V),
+        (lambda x: f(x, -1), real(6, 7, dtype=F32)),
+    ]
+
+
 CASES: dict[str, list[tuple[Any, ...]]] = {
     # arithmetic
     "mul": [(lambda x, y: x * y, M, V)],
@@ -565,6 +589,33 @@ CASES: dict[str, list[tuple[Any, ...]]] = {
         (lambda x: x.cumsum(1), truth(6, 7)),
         (lambda x: (x.t().cumsum(0), x.flip(1).cumsum(1), x[0, 0].cumsum(0), x[:0].cumsum(0)), M),
         (lambda x: x.cumsum(0), real(85, dtype=F32)),
+    ],
+    "logsumexp": [
+        (lambda x: [torch.logsumexp(x, d) for d in (0, 1, (0, 1))], M),
+        (lambda x: [torch.logsumexp(x, d, keepdim=True) for d in (1, (-1, 0))], real(2, 6, 1)),
+        (
+            lambda x: (
+                torch.logsumexp(x.expand(3, 7), 0),
+                torch.logsumexp(torch.full_like(x, 0.3), 0),
+                x[0].logsumexp(0),
+            ),
+            V,
+        ),
+        (lambda x: (x[:0].logsumexp(0), x[:0].logsumexp(1)), M),
+        (lambda x: (x.logsumexp(0), x.logsumexp(1)), exactly(EXTREME)),
+        (lambda x: x.logsumexp(0), W),
+    ],
+    "_softmax": over_dims(torch.softmax),
+    "_log_softmax": over_dims(torch.log_softmax),
+    "_softmax_backward_data": [
+        (lambda g, x: [aten._softmax_backward_data(g, x, d, F64) for d in (0, -1)], M, M),
+        (lambda g, x: aten._softmax_backward_data(g, x.softmax(1), 1, F64), exactly(EXTREME), M),
+        (lambda g: aten._softmax_backward_data(g, torch.full_like(g, 0.25), 0, F64), V),
+    ],
+    "_log_softmax_backward_data": [
+        (lambda g, x: [aten._log_softmax_backward_data(g, x, d, F64) for d in (0, -1)], M, M),
+        (lambda g, x: aten._log_softmax_backward_data(g, x.log_softmax(1), 1, F64), exactly(EXTREME), M),
+        (lambda g: aten._log_softmax_backward_data(torch.ones_like(g), g, 0, F64), V),
     ],
     "cumprod": [(lambda x: [x.cumprod(d) for d in (0, 1, 2)], real(3, 5, 9)), (lambda x: x.cumprod(0), W)],
     # joining

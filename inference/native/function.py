@@ -23,7 +23,7 @@ def decompositions() -> dict[Any, Any]:
     """How torch writes an operation that has no lowering here by ones that have."""
     import torch._decomp
 
-    table = dict(torch._decomp.core_aten_decompositions().items())
+    table: dict[Any, Any] = {**torch._decomp._core_aten_decompositions_post_autograd()}
     for op, written in torch._decomp.decomposition_table.items():
         if written.__module__ == "torch._decomp.decompositions":  # by ATen itself; others are by primitives
             table.setdefault(op, written)

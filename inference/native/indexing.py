@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..shapes import broadcast_shapes
 from .arithmetic import where
 from .ir import Access, Call, Expr, Loop, Window
 from .lower import Lowering, Uniform, UnsupportedError, Value, lowers
@@ -143,7 +144,7 @@ def _indexed(lower: Lowering, base: Window, indices: Sequence[Any], shape: tuple
     positions = [d for d, index in enumerate(indices) if index is not None]
     if any(indices[d].dtype == torch.bool for d in positions):
         raise UnsupportedError("indexing by truth values")
-    space = torch.broadcast_shapes(*[indices[d].shape for d in positions])
+    space = broadcast_shapes(*[indices[d].shape for d in positions])
     together = positions == list(range(positions[0], positions[-1] + 1))
     first = positions[0] if together else 0
     others = [d for d in range(len(base.shape)) if d not in positions]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..shapes import broadcast_shapes
 from ..trace import Traced
 from .ir import C_TYPES, Access, Apply, Buffer, Call, Counter, Expr, Literal, Loop, Program, Window, dense
 from .pointwise import COMPARE, FLOAT, SAME
@@ -233,7 +234,7 @@ class Lowering:
 
     def apply(self, template: str, args: Sequence[Any], dtype: torch.dtype, within: torch.dtype) -> Value:
         """An elementwise operation with broadcasting."""
-        shape = torch.broadcast_shapes(*[a.shape for a in args if isinstance(a, (Window, Uniform))])
+        shape = broadcast_shapes(*[a.shape for a in args if isinstance(a, (Window, Uniform))])
         expr = Apply(template, tuple(self.read(a, shape, within) for a in args), _known(dtype), _known(within))
         return self.compute(shape, expr, dtype)
 

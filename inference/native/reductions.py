@@ -95,6 +95,54 @@ def _vector_norm(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     return lower.apply("@sqrt({0})", (total,), out.dtype, out.dtype)
 
 
+def _over(lower: Lowering, kind: str, value: Value, dims: Any) -> Value:
+    """A reduction that keeps its dimensions, with size 1."""
+    dims = _dims(dims, len(value.shape))
+    like = torch.empty([1 if d in dims else n for d, n in enumerate(value.shape)], dtype=value.dtype, device="meta")
+    return _reduction(lower, kind, value, dims, like)
+
+
+@lowers("logsumexp")
+def _logsumexp(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    value, dims = lower.cast(a["self"], out.dtype), _dims(a["dim"], len(a["self"].shape))
+    largest = _over(lower, "max", value, dims)
+    shift = lower.apply("({0} - {0} == 0 ? {0} : 0)", (largest,), out.dtype, out.dtype)  # not by infinity
+    total = _over(lower, "sum", lower.apply("@exp({0} - {1})", (value, shift), out.dtype, out.dtype), dims)
+    result = lower.apply("@log({0}) + {1}", (total, shift), out.dtype, out.dtype)
+    return _reduction(lower, "sum", result, dims, out)  # over dimensions of size 1: they go
+
+
+def _shifted(lower: Lowering, a: dict[str, Any], out: Tensor) -> tuple[Value, Value]:
+    """x - max x, and the sum of its exponentials."""
+    value = lower.cast(a["self"], out.dtype)
+    moved = lower.apply("{0} - {1}", (value, _over(lower, "max", value, a["dim"])), out.dtype, out.dtype)
+    return moved, _over(lower, "sum", lower.apply("@exp({0})", (moved,), out.dtype, out.dtype), a["dim"])
+
+
+@lowers("_softmax")
+def _softmax(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    return lower.apply("@exp({0}) / {1}", _shifted(lower, a, out), out.dtype, out.dtype)
+
+
+@lowers("_log_softmax")
+def _log_softmax(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    return lower.apply("{0} - @log({1})", _shifted(lower, a, out), out.dtype, out.dtype)
+
+
+@lowers("_softmax_backward_data")
+def _softmax_backward(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    slope, probs = a["grad_output"], a["output"]
+    total = _over(lower, "sum", lower.apply("{0} * {1}", (slope, probs), out.dtype, out.dtype), a["dim"])
+    return lower.apply("({0} - {2}) * {1}", (slope, probs, total), out.dtype, out.dtype)
+
+
+@lowers("_log_softmax_backward_data")
+def _log_softmax_backward(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
+    slope, log_probs = a["grad_output"], a["output"]
+    total = _over(lower, "sum", lower.cast(slope, out.dtype), a["dim"])
+    return lower.apply("{0} - @exp({1}) * {2}", (slope, log_probs, total), out.dtype, out.dtype)
+
+
 def _extremes(kind: str) -> Any:
     def operation(lower: Lowering, a: dict[str, Any], out: Any) -> Any:
         if isinstance(out, Tensor):
