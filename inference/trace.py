@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 aten = torch.ops.aten
@@ -109,7 +108,7 @@ class _Recorder(TorchDispatchMode):
             raise TooLongError("too many operations, as of a long loop")
         result = func(*args, **kwargs)
         tensors = [r for r in _flat(result) if isinstance(r, Tensor)]
-        node_args, node_kwargs = tree_map(self.node, args), tree_map(self.node, kwargs)
+        node_args, node_kwargs = _each(self.node, args), {k: _each(self.node, v) for k, v in kwargs.items()}
         inputs = [n for n in _flat((node_args, list(node_kwargs.values()))) if isinstance(n, Node)]
         live = any(n in self.live for n in inputs) or torch.Tag.nondeterministic_seeded in func.tags
         if not tensors:
@@ -130,7 +129,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
     def add(self, node: Node, value: Any, live: bool) -> Node:
-        node.meta["val"] = tree_map(_like, value)
+        node.meta["val"] = _each(_like, value)
         if live:
             self.live.add(node)
         return node
@@ -149,6 +148,14 @@ def _like(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _each(function: Callable[[Any], Any], value: Any) -> Any:
+    """A function of each part of an operation's arguments or results, which are nested in tuples and lists alone."""
+    if not isinstance(value, (tuple, list)):
+        return function(value)
+    parts = [_each(function, part) for part in value]
+    return parts if isinstance(value, list) else tuple(parts)
 
 
 def _flat(value: Any) -> list[Any]:

@@ -33,28 +33,36 @@ class _Writer:
         self.nests = schedule(program)
         self.kept = kept_buffers(self.nests) | {w.buffer for w in program.results}
         self.routines: list[str] = []
-        self.scratch: dict[Buffer, int] = {}
-        self.bytes = 0
+        self.bytes = self.length = 0  # of working memory, and of the text so far
         self.names = 0
+        self.declared: dict[str, str] = {}  # buffer -> how its pointer is made
+        given, results = [w.buffer for w in program.arguments], [w.buffer for w in program.results]
+        for letter, const, buffers in (("a", "const ", given), ("c", "const ", program.fixed), ("r", "", results)):
+            for b in buffers:
+                self._declare(b, f"{const}{C_TYPES[b.dtype]}", f"{letter}[{b.index}]")
 
     def write(self) -> tuple[str, list[str]]:
-        blocks = [self._call(n) if isinstance(n, Call) else self._nest(n) for n in self.nests]
+        split = len(self.nests) > SPLIT
+        parts: list[str] = []
+        for i, nest in enumerate(self.nests):
+            block = self._call(nest) if isinstance(nest, Call) else self._nest(nest)
+            if split:
+                head = f"static __attribute__((noinline)) int64_t part{i}(void** a, void** r, void** c, char* scratch)"
+                block = f"{head} {{\n{self._pointers(block)}{block}return 0;\n}}\n"
+            parts.append(block)
+            self.length += len(block)
+            if self.length > SOURCE_LIMIT:
+                raise UnsupportedError("the program unrolls to more operations than a C compiler takes in seconds")
         if self.bytes > SCRATCH_LIMIT:
             raise UnsupportedError(f"working memory of {self.bytes / 2**20:.0f} MB")
         memory = f"static _Thread_local char memory[{max(self.bytes, 64)}] __attribute__((aligned(64)));\n"
-        text = [PRELUDE, memory]
-        if len(blocks) > SPLIT:
-            for i, block in enumerate(blocks):
-                head = f"int64_t part{i}(void** a, void** r, void** c, char* scratch)"
-                text.append(f"static __attribute__((noinline)) {head} {{\n")
-                text.append(f"{self._pointers(block)}{block}return 0;\n}}\n")
-            body = "".join(f"if ((fault = part{i}(a, r, c, scratch))) return fault;\n" for i in range(len(blocks)))
-            body = f"int64_t fault;\n{body}"
+        text = [PRELUDE, memory, *(parts if split else ())]
+        if split:
+            calls = [f"if ((fault = part{i}(a, r, c, scratch))) return fault;\n" for i in range(len(parts))]
+            body = "".join(["int64_t fault;\n", *calls])
         else:
-            body = "".join(blocks)
+            body = "".join(parts)
             body = self._pointers(body) + body
-        if sum(len(part) for part in text) > SOURCE_LIMIT:
-            raise UnsupportedError("the program unrolls to more operations than a C compiler takes in seconds")
         # the empty instruction keeps the address in a register: compilers would ask for it again at every use
         body = f'char* scratch = memory;\n__asm__("" : "+r"(scratch));\n{body}'
         text.append(f"static int64_t body(void** a, void** r, void** c) {{\n{body}return 0;\n}}\n{ENTRY}")
@@ -69,26 +77,18 @@ class _Writer:
                 text.append(_suffixed(TRAINER, dtype) % (max(1, count), count, t, t, t, t))
         return "".join(text), self.routines
 
+    def _declare(self, buffer: Buffer, kind: str, place: str) -> None:
+        self.declared[buffer.name] = f"{kind}* restrict {buffer.name} = {place};\n"
+
     def _pointers(self, text: str) -> str:
         """Declarations of the buffers that a text names."""
-        used = set(re.findall(r"\b[acrt]\d+\b", text))
-        lines = []
-        for window in self.program.arguments:
-            b = window.buffer
-            lines.append((b.name, f"const {C_TYPES[b.dtype]}* restrict {b.name} = a[{b.index}];\n"))
-        for b in self.program.fixed:
-            lines.append((b.name, f"const {C_TYPES[b.dtype]}* restrict {b.name} = c[{b.index}];\n"))
-        for window in self.program.results:
-            b = window.buffer
-            lines.append((b.name, f"{C_TYPES[b.dtype]}* restrict {b.name} = r[{b.index}];\n"))
-        for b, offset in self.scratch.items():
-            t = _working(b.dtype)
-            lines.append((b.name, f"{t}* restrict {b.name} = ({t}*)(scratch + {offset});\n"))
-        return "".join(line for name, line in lines if name in used)
+        used = dict.fromkeys(re.findall(r"\b[acrt]\d+\b", text))
+        return "".join(self.declared[name] for name in used if name in self.declared)
 
     def _pointer(self, buffer: Buffer) -> str:
-        if buffer.kind == "scratch" and buffer not in self.scratch:
-            self.scratch[buffer] = self.bytes
+        if buffer.kind == "scratch" and buffer.name not in self.declared:
+            t = _working(buffer.dtype)
+            self._declare(buffer, t, f"({t}*)(scratch + {self.bytes})")
             self.bytes += -(-buffer.size * (8 if buffer.dtype == torch.bool else buffer.dtype.itemsize) // 64) * 64
         return buffer.name
 

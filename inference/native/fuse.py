@@ -7,6 +7,7 @@ register, and memory that nobody else reads is never written.
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import replace
 
 from .ir import Access, Apply, Buffer, Call, Expr, Loop, Nest, Program
@@ -109,9 +110,10 @@ class _Schedule:
             target = loop.target.buffer
             earliest = max([earliest, self.readers.get(target, -1) + 1, *[p + 1 for p in self.writers.get(target, ())]])
         alone = bool(loop.target.indirect)
-        for place in () if alone else self.places.get(loop.sizes, ()):
+        alike = [] if alone else self.places.get(loop.sizes, [])
+        for place in alike[bisect_left(alike, earliest) :]:
             nest = self.nests[place]
-            if place >= earliest and isinstance(nest, Nest) and len(nest.loops) < LARGEST_NEST:
+            if isinstance(nest, Nest) and len(nest.loops) < LARGEST_NEST:
                 nest.loops.append(loop)
                 break
         else:
