@@ -30,7 +30,7 @@ from .compile import Compiled, Function
 from .layout import Layout
 from .one_draw import GuideDraws, OneDraw, PriorDraws
 from .parameters import HasParameters, Loan, divided, kept_frozen
-from .preflight import preflight, some_values
+from .preflight import Tried, preflight, some_values
 from .problem import Problem, ProblemError
 from .program import Plate, Reading, Site
 from .rows import Rows, converted, data_dtype
@@ -67,6 +67,7 @@ class Density:
         self.notes: list[str] = []
         self.counts = {"evaluations": 0.0, "gradients": 0.0}  # over all data once each
         self.vectorised = True
+        self.tried: Tried | None = None  # where the program was run beforehand, and its log joints there
         self.kept: dict[Any, Any] = {}  # what engines made for this density and want again: compiled kernels
         self._phi_given = False
         self._loan = Loan(problem)

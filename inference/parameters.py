@@ -234,9 +234,10 @@ def _graph_leaves(outputs: list[Tensor]) -> list[Tensor]:
         if node in seen:
             continue
         seen.add(node)
-        if hasattr(node, "variable"):
-            found[id(node.variable)] = node.variable
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found[id(variable)] = variable
+        stack += [parent for parent, _ in node.next_functions if parent is not None and parent not in seen]
     return list(found.values())
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import random
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
 from torch import Tensor
 
 from .problem import ProblemError
@@ -16,27 +20,33 @@ if TYPE_CHECKING:
 BATCHED = (
     "the program cannot be batched over draws (control flow that depends on them, or an operation vmap lacks): slower"
 )
+RANDOM = (
+    "the model draws random numbers outside of its sample sites (dropout, noise, a site hidden by block), so it has no "
+    "density: call model.eval(), or make what is random a sample site."
+)
+DRAWS = 2  # that a program is tried at
+SAME = 1e-9  # relative: two runs that differ by less were made of the same numbers
+REPEATS = 3  # of a run that moved a generator, say for a parameter's first value that is not used
 
 
 def preflight(density: Density) -> bool:
-    """Whether the data must be treated as one, whatever the plates say. Tells whether the density is `vectorised`;
-    what a user should know goes to its notes. Raises `ProblemError` where the program draws by itself."""
-    if not density.latents:
-        refuse_randomness(density, {})
-        return False
+    """Whether the data must be treated as one, whatever the plates say. Tells whether the density is `vectorised`, and
+    where it was `tried`; what a user should know goes to its notes. Raises `ProblemError` where the program draws by
+    itself."""
     if density.improper and density.unlisted:
         return False  # there are no values to try it at
-    values = some_values(density, 3)
-    plain = refuse_randomness(density, values)
-    density.vectorised = batches_over_draws(density, values, plain)
+    density.tried = tried = try_out(density)
+    if not tried.values:
+        return False
     if not density.vectorised:
         density.notes.append(BATCHED)
-    if not density.batch_plates or not couples_data(density, values):
+    if not density.batch_plates or not couples_data(density, tried):
         return False
     density.notes.append(
         f"plate {density.batch_plates[0].name!r} couples its data: moving one datum's latent moves another's "
         "density, so all are treated as one"
     )
+    density.tried = None  # its log joints are told datum by datum
     return True
 
 
@@ -50,40 +60,88 @@ def some_values(density: Density, count: int) -> dict[str, Tensor]:
     return density.constrain(torch.zeros(shape, dtype=density.dtype, device=density.device))
 
 
-def refuse_randomness(density: Density, values: dict[str, Tensor]) -> Tensor:
-    """The same values must have the same log joint twice; it is given back. Raises `ProblemError` where the program
-    draws by itself."""
-    density.vectorised = False
-    first, second = density.log_joint(values), density.log_joint(values)
-    if not torch.equal(first.nan_to_num(), second.nan_to_num()):
-        raise ProblemError(
-            "the model draws random numbers outside of its sample sites (dropout, noise, a site hidden by block), so "
-            "it has no density: call model.eval(), or make what is random a sample site."
-        )
-    return first
+class Tried(NamedTuple):
+    """Values of the latents that the program was tried at, and its log joints there, one by one; theta then."""
+
+    values: dict[str, Tensor]
+    log_joint: Tensor
+    theta: list[Tensor]
+
+    def holds(self, density: Density) -> bool:
+        """Whether theta is the same still."""
+        return all(torch.equal(old, new) for old, new in zip(self.theta, density.theta.tensors, strict=True))
 
 
-def batches_over_draws(density: Density, values: dict[str, Tensor], plain: Tensor) -> bool:
-    """Whether three draws at once, by vmap, have the log joints that they have one by one, `plain`."""
+def try_out(density: Density) -> Tried:
+    """Run the program where its log joint can be told twice: by the run that draws latents, for all draws together, and
+    by a plain run at each of these. Says in `density.vectorised` whether they agree.
+
+    Raises `ProblemError` where the same values have different log joints: the program draws by itself.
+    """
     density.vectorised = True
-    try:
-        batched = density.log_joint(values)
-    except RuntimeError:
-        return False
-    return bool(torch.allclose(plain, batched, rtol=1e-3, atol=1e-3, equal_nan=True))
+    values, batched = _drawn(density)
+    density.vectorised = False
+    before = _generators()
+    plain = density.log_joint(values)
+    moved = _generators() != before
+    if moved or batched is None or not _close(plain, batched, SAME):
+        for _ in range(REPEATS if moved else 1):
+            if not torch.equal(plain.nan_to_num(), density.log_joint(values).nan_to_num()):
+                raise ProblemError(RANDOM)
+    density.vectorised = bool(values)
+    if values and batched is None:
+        try:
+            batched = density.log_joint(values)
+        except RuntimeError:
+            density.vectorised = False
+    if batched is not None and not _close(plain, batched, 1e-3):
+        density.vectorised = False
+    return Tried(values, plain, [t.detach().clone() for t in density.theta.tensors])
 
 
-def couples_data(density: Density, values: dict[str, Tensor]) -> bool:
+def _drawn(density: Density) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Values of the latents, and their log joints where the program was run for all of them at once."""
+    if density.improper or not density.latents:
+        return some_values(density, DRAWS), None
+    with _Runs() as runs:
+        drawn = density.prior(DRAWS)
+    return drawn.values, drawn.log_prior + drawn.log_likelihood if runs.count == 1 else None
+
+
+class _Runs(Messenger):
+    """Counts runs, as often as the site that is met first is met."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.count = "", 0
+
+    def _postprocess_message(self, msg: Message) -> None:
+        if msg["type"] == "sample":
+            self.first = self.first or str(msg["name"])
+            self.count += msg["name"] == self.first
+
+
+def _generators() -> tuple[Any, ...]:
+    """Where the generators that a program may draw from stand."""
+    _, key, *rest = np.random.get_state()
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), np.asarray(key).tobytes(), rest
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def couples_data(density: Density, tried: Tried) -> bool:
     """Whether moving the first datum's latents moves another datum's log joint, whatever the plates declare."""
     if density.batch_shape.numel() < 2:
         return False
     batch_dim = len(density.batch_shape)
-    moved = {name: value.clone() for name, value in values.items()}
-    for value in moved.values():  # in draw 0 the first datum takes its value of draw 1
-        rows = value.view(len(value), density.batch_shape.numel(), *value.shape[1 + batch_dim :])
-        rows[0, 0] = rows[1, 0]
-    before, after = (density.log_joint(v)[0].flatten()[1:] for v in (values, moved))
-    return not torch.allclose(before, after, rtol=1e-4, atol=1e-4, equal_nan=True)
+    moved = {name: value[:1].clone() for name, value in tried.values.items()}
+    for name, value in moved.items():  # in draw 0 the first datum takes its value of draw 1
+        other = tried.values[name][1].view(density.batch_shape.numel(), *value.shape[1 + batch_dim :])
+        value.view(1, *other.shape)[0, 0] = other[0]
+    before, after = (joint[0].flatten()[1:] for joint in (tried.log_joint, density.log_joint(moved)))
+    return not _close(before, after, 1e-4)
 
 
 def check_minibatch(density: Density, batch_size: int = 1) -> None:
