@@ -11,6 +11,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import Message
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
@@ -54,10 +57,26 @@ class _DirichletByGammas:
         return torch.softmax(log_gammas(concentration), -1)
 
 
+class _DrawOutOfPlace(Messenger):
+    """Draws at sample statements out of place: a mode that stands around the whole program makes it twice as slow."""
+
+    def _process_message(self, msg: Message) -> None:
+        if msg["type"] == "sample" and msg["value"] is None and not msg["done"] and not site_is_subsample(msg):
+            msg["value"] = out_of_place(msg["fn"], *msg["args"], **msg["kwargs"])
+
+
+def out_of_place(fn: Any, *args: Any, **kwargs: Any) -> Any:
+    """A draw from a distribution, out of place."""
+    with _OutOfPlaceRandomness():
+        return fn(*args, **kwargs)
+
+
 @contextmanager
-def batched_randomness() -> Iterator[None]:
-    """Let `torch.func.vmap(..., randomness='different')` draw from any distribution it can."""
-    with _OutOfPlaceRandomness(), mock.patch("torch.distributions.dirichlet._Dirichlet", _DirichletByGammas):
+def batched_randomness(anywhere: bool = False) -> Iterator[None]:
+    """Let `torch.func.vmap(..., randomness='different')` draw from any distribution it can, at sample statements, or
+    `anywhere` in a program, as a simulator may that has no density."""
+    everywhere = _OutOfPlaceRandomness() if anywhere else _DrawOutOfPlace()
+    with everywhere, mock.patch("torch.distributions.dirichlet._Dirichlet", _DirichletByGammas):
         yield
 
 
@@ -78,10 +97,12 @@ def over_draws(
     vectorised: bool,
     chunk: int,
     random: bool,
+    anywhere: bool = False,
     compile: Callable[[Flat, list[tuple[Tensor, ...]]], Flat] | None = None,
 ) -> Any:
     """Apply a function of one draw along the first dimension of its inputs (a tensor or a dict of tensors): by vmap,
-    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws.
+    `chunk` draws at a time, or in a loop where the program cannot be batched. `random`: the function draws,
+    `anywhere`: not at sample statements alone.
     `compile` (function of tensors, example arguments -> the same, faster) is used where there are chunks enough."""
 
     def row(i: int) -> Any:
@@ -92,7 +113,7 @@ def over_draws(
     if vectorised:
         mapped = torch.func.vmap(function, chunk_size=min(chunk, count), randomness="different" if random else "error")
         try:
-            with batched_randomness() if random else nullcontext():
+            with batched_randomness(anywhere) if random else nullcontext():
                 if count > chunk and not torch.is_grad_enabled():
                     return _in_chunks(mapped, inputs, count, chunk, compile if count > 2 * chunk else None)
                 return mapped(inputs)

@@ -409,5 +409,6 @@ class Density:
         with self, pyro.validation_enabled(False):
             return over_draws(
                 function, inputs, count, vectorised=self.vectorised, random=random or bool(self.simulated),
-                chunk=chunk, compile=partial(self.compile, moving=[]) if compiles else None,
+                anywhere=bool(self.simulated), chunk=chunk,
+                compile=partial(self.compile, moving=[]) if compiles else None,
             )  # fmt: skip

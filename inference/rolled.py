@@ -18,9 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakTensorKeyDictionary
-
-SMALL = 32  # constants of up to so many numbers are compared by value, larger ones by identity
 
 
 class RollError(Exception):
@@ -29,23 +26,24 @@ class RollError(Exception):
 
 class Expr:
     """A tensor that depends on the parameters: an operation on others and constants. `kind` is the same for all that
-    are made alike, up to constants; `exact` for all that are equal."""
+    are made alike, up to constants."""
 
-    __slots__ = ("args", "exact", "func", "kind", "part")
+    __slots__ = ("args", "func", "kind", "owner", "part")
 
-    def __init__(self, func: Any, args: Any, part: int | None, kind: int, exact: int) -> None:
-        self.func, self.args, self.part, self.kind, self.exact = func, args, part, kind, exact
+    def __init__(self, func: Any, args: Any, part: int | None, kind: int, owner: object) -> None:
+        self.func, self.args, self.part, self.kind, self.owner = func, args, part, kind, owner
 
 
 class _Recorder(TorchDispatchMode):
+    """Notes how each tensor that depends on the parameters was made, with the tensor itself: in an attribute, which
+    goes when the tensor goes, and is read faster than a dictionary of weak references."""
+
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        self.known = WeakTensorKeyDictionary()
         self.numbers: dict[Any, int] = {}
-        self.held: list[Tensor] = []  # constants that are known by identity must live
+        self.live = False
         for i, tensor in enumerate(parameters):
-            number = self.number(("parameter", i))
-            self.known[tensor] = Expr(None, tensor, None, number, number)
+            self.note(tensor, Expr(None, tensor, None, self.number(("parameter", i)), self))
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -54,12 +52,23 @@ class _Recorder(TorchDispatchMode):
     def number(self, key: Any) -> int:
         return self.numbers.setdefault(key, len(self.numbers))
 
+    def note(self, tensor: Tensor, expr: Expr) -> None:
+        tensor._expr = expr  # type: ignore[attr-defined]
+
+    def forget(self, tensor: Tensor) -> None:
+        if hasattr(tensor, "_expr"):
+            del tensor._expr
+
+    def known(self, tensor: Tensor) -> Expr | None:
+        expr = getattr(tensor, "_expr", None)
+        return expr if expr is not None and expr.owner is self else None
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        live: list[Expr] = []
-        given, kind, exact = self._read((args, kwargs), live)
-        if not live:
+        self.live = False
+        given, kind = self._read((args, kwargs) if kwargs else (args, None))
+        if not self.live:
             return result
         if func._schema.is_mutable:
             raise RollError(f"{func} writes in place")
@@ -68,35 +77,27 @@ class _Recorder(TorchDispatchMode):
             raise RollError("its operations depend on values")
         for part, tensor in parts:
             if isinstance(tensor, Tensor):
-                numbers = self.number((func, kind, part, "kind")), self.number((func, exact, part, "exact"))
-                self.known[tensor] = Expr(func, given, part, *numbers)
+                self.note(tensor, Expr(func, given, part, self.number((func, kind, part)), self))
         return result
 
-    def _read(self, value: Any, live: list[Expr]) -> tuple[Any, Any, Any]:
-        """Arguments with expressions for live tensors, and what they are of: up to constants, and exactly. The exact
-        key is worked out only where something is live, so constants stand in it by themselves until then."""
+    def _read(self, value: Any) -> tuple[Any, Any]:
+        """Arguments with expressions for live tensors, and what they are of, up to constants: the number of a live
+        tensor, shape and type of another, type and value of what is none."""
         if isinstance(value, Tensor):
-            expr = self.known.get(value)
+            expr = self.known(value)
             if expr is not None:
-                live.append(expr)
-                return expr, ("expr", expr.kind), ("expr", expr.exact)
-            return value, (value.shape, value.dtype), self._constant(value)
+                self.live = True
+                return expr, expr.kind
+            return value, (value.shape, value.dtype)
         if type(value) is tuple or type(value) is list:
             if not value:
-                return (), (), ()
-            read = [self._read(v, live) for v in value]
-            noted, kind, exact = zip(*read, strict=True)
-            return noted, kind, exact
+                return (), ()
+            noted, kind = zip(*[self._read(v) for v in value], strict=True)
+            return noted, kind
         if type(value) is dict:
-            noted, kind, exact = self._read(tuple(value.values()), live)
-            return dict(zip(value, noted, strict=True)), (tuple(value), kind), (tuple(value), exact)
-        return value, (type(value), value), (type(value), value)
-
-    def _constant(self, value: Tensor) -> Any:
-        if value.numel() <= SMALL:
-            return value.shape, value.dtype, tuple(value.reshape(-1).tolist())
-        self.held.append(value)
-        return value.shape, value.dtype, id(value)
+            noted, kind = self._read(tuple(value.values()))
+            return dict(zip(value, noted, strict=True)), (tuple(value), kind)
+        return value, (type(value), value)
 
 
 def _many(value: Any) -> bool:
@@ -118,24 +119,28 @@ class Group:
         return torch.func.vmap(lambda *rows: self._made(self.root, rows, {}))(*self.stacked)
 
     def _merged(self, values: list[Any], seen: dict[Any, Any]) -> Any:
+        """The members' expressions as one: the first's where all are equal, else with rows for what differs."""
         first = values[0]
+        if all(v is first for v in values):
+            return first
         if isinstance(first, Expr):
-            if all(v.exact == first.exact for v in values):
-                return first
             key = tuple(map(id, values))
             if key not in seen:
                 args = self._merged([v.args for v in values], seen)
-                seen[key] = Expr(first.func, args, first.part, first.kind, -1)
+                equal = args is first.args
+                seen[key] = first if equal else Expr(first.func, args, first.part, first.kind, None)
             return seen[key]
         if isinstance(first, Tensor):
-            if all(v is first or torch.equal(v, first) for v in values):
+            if all(torch.equal(v, first) for v in values):
                 return first
             self.stacked.append(torch.stack(values))
             return _Row(len(self.stacked) - 1)
         if isinstance(first, tuple):
-            return tuple(self._merged(list(column), seen) for column in zip(*values, strict=True))
+            merged = tuple(self._merged(list(column), seen) for column in zip(*values, strict=True))
+            return first if all(m is f for m, f in zip(merged, first, strict=True)) else merged
         if isinstance(first, dict):
-            return {k: self._merged([v[k] for v in values], seen) for k in first}
+            named = {k: self._merged([v[k] for v in values], seen) for k in first}
+            return first if all(named[k] is first[k] for k in first) else named
         return first
 
     def _made(self, value: Any, rows: Sequence[Tensor], done: dict[int, Any]) -> Any:
@@ -144,7 +149,7 @@ class Group:
                 return value.args
             if id(value) not in done:
                 args, kwargs = self._made(value.args, rows, done)
-                result = value.func(*args, **kwargs)
+                result = value.func(*args, **(kwargs or {}))
                 done[id(value)] = result if value.part is None else result[value.part]
             return done[id(value)]
         if isinstance(value, _Row):
@@ -181,11 +186,19 @@ def rolled(function: Callable[[], Sequence[Tensor]], parameters: Sequence[Tensor
     Raises `RollError` where a value that depends on them decides what runs.
     """
     recorder = _Recorder(parameters)
-    with torch.no_grad(), recorder, _no_collection():
-        results = list(function())
-    groups: dict[Any, list[int]] = {}
-    members = [recorder.known.get(r, r.detach()) for r in results]
-    for i, member in enumerate(members):
-        key = member.kind if isinstance(member, Expr) else ("constant", tuple(member.shape), member.dtype)
-        groups.setdefault(key, []).append(i)
-    return [Group(numbers, [members[i] for i in numbers]) for numbers in groups.values()]
+    with torch.no_grad(), _no_collection():
+        try:
+            with recorder:
+                results = list(function())
+        finally:
+            for tensor in parameters:
+                recorder.forget(tensor)
+        groups: dict[Any, list[int]] = {}
+        members = [recorder.known(r) or r.detach() for r in results]
+        for i, member in enumerate(members):
+            key = member.kind if isinstance(member, Expr) else ("constant", tuple(member.shape), member.dtype)
+            groups.setdefault(key, []).append(i)
+        try:
+            return [Group(numbers, [members[i] for i in numbers]) for numbers in groups.values()]
+        except RecursionError:
+            raise RollError("each step depends on the steps before") from None

@@ -23,6 +23,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .batching import out_of_place
 from .cloud import Cloud, Plan
 from .density import Density
 from .engine import EngineError
@@ -198,7 +199,7 @@ def _drawn(fn: Any, name: str, site: Site, cloud: Cloud, lineage: Lineage, lane:
     """A draw in each lane, kept in the cloud; the tensor that stands for it in the program."""
     lineage.drawing = True
     # a copy, so that no transform takes it for the one it made and answers with what it made it of
-    value = fn().clone()
+    value = out_of_place(fn).clone()
     lineage.drawing = False
     if value.is_floating_point():
         value = value.to(torch.get_default_dtype())
