@@ -9,7 +9,7 @@ whose transitions are the same at every step has one matrix of moves. `chain_sum
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,7 +89,8 @@ class Factors:
 
 
 class Chain:
-    """The chain of a density, found by one run. Raises `NotAChain`."""
+    """The chain of a density, found by one run, in which a long program that is to learn is rolled up at once. Raises
+    `NotAChain`."""
 
     def __init__(self, density: Density) -> None:
         self.density = density
@@ -111,10 +112,12 @@ class Chain:
         self.values_of_groups: Callable[[], tuple[Tensor, ...]] = self._values_of_groups
         self.placed: dict[tuple[int, int], list[tuple[Tensor | None, Any, int, int]]] = {}
         self.tied_once: bool | None = None  # whether each step has one term of two states
-        laid = self._run()
+        laid = self._rolled() if density.learning and len(density.latents) >= COMPILE_FROM else self._run()
         self.sites = laid.order
         self.shapes = [self._where(laid, step, name, value) for step, name, value in laid.terms]
-        self._check(self._gathered([([i], v[None]) for i, (_, _, v) in enumerate(laid.terms)]))
+        factors = self._gathered(self._alike([value for _, _, value in laid.terms]))
+        self._check(factors)
+        self.first = factors, [t.detach().clone() for t in density.theta.tensors]
 
     def _run(self) -> _Laid:
         with self.density.once(), _Laid(self.density) as laid:
@@ -132,28 +135,54 @@ class Chain:
         return step, laid.dim(step - 1), laid.dim(step)
 
     def factors(self, often: bool = False) -> Factors:
-        """The factors at the parameters as they are now. From the second call on, from the first where it is known that
-        there will be more, the program's loop is rolled up."""
+        """The factors at the parameters as they are now: those of the first run while these are what they were then.
+        From the second call on, from the first where it is known that there will be more, the loop is rolled up."""
         self.calls += 1
         whole = self.density.row_numbers is None
         if (often or self.calls > 1) and whole and self.groups is None:
-            try:
-                terms = lambda: [value for _, _, value in self._run().terms]  # noqa: E731
-                self.groups = rolled(terms, self.density.theta.tensors)
-                if len(self.sites) >= COMPILE_FROM:
-                    self.values_of_groups = self.density.compile(self._values_of_groups, [(), ()], [])
-            except RollError:
-                self.groups = []
-            self.placed = {}
+            self._rolled()
         if not whole or not self.groups:
+            factors, theta = self.first
+            if whole and all(torch.equal(a, b) for a, b in zip(theta, self.density.theta.tensors, strict=True)):
+                return factors
             self.placed = {}
-            return self._gathered([([i], v[None]) for i, (_, _, v) in enumerate(self._run().terms)])
+            return self._gathered(self._alike([value for _, _, value in self._run().terms]))
         with self.density.once():
             numbers = [g.numbers for g in self.groups]
             return self._gathered(list(zip(numbers, self.values_of_groups(), strict=True)))
 
+    def _rolled(self) -> _Laid:
+        """Run the program, and roll its loop up where that can be done."""
+        runs: list[_Laid] = []
+
+        def terms() -> list[Tensor]:
+            runs.append(self._run())
+            return [value for _, _, value in runs[0].terms]
+
+        try:
+            self.groups = rolled(terms, self.density.theta.tensors)
+            if len(self.density.latents) >= COMPILE_FROM:
+                self.values_of_groups = self.density.compile(self._values_of_groups, [(), ()], [])
+        except RollError:
+            self.groups = []
+        self.placed = {}
+        return runs[0] if runs else self._run()
+
     def _values_of_groups(self) -> tuple[Tensor, ...]:
         return tuple(group() for group in self.groups or ())
+
+    def _alike(self, terms: list[Tensor]) -> list[tuple[list[int], Tensor]]:
+        """Terms of one shape, and of steps that are laid alike, together: (members, *shape), or one row where all are
+        the same."""
+        dims, groups = [p.dim for p in self.density.batch_plates], dict[Any, list[int]]()
+        for i, value in enumerate(terms):
+            for d in dims:  # one row stands for all of a batch that does not tell them apart
+                if -d <= value.dim() and value.stride(d) == 0:
+                    value = terms[i] = value.narrow(d, 0, 1)
+            step, before, now = self.shapes[i]
+            groups.setdefault((value.shape, value.dtype, before, now, step == 0), []).append(i)
+        together = [(members, torch.stack([terms[i] for i in members])) for members in groups.values()]
+        return [(m, v[:1] if torch.equal(v, v[:1].expand_as(v)) else v) for m, v in together]
 
     def _gathered(self, terms: list[tuple[list[int], Tensor]]) -> Factors:
         density, K = self.density, self.states
@@ -224,16 +253,29 @@ class Chain:
         """The sum of the factors along some paths must be the density's log joint."""
         density = self.density
         N, steps = len(factors.first), len(self.sites)
-        with density.uncounted():
+        tried = density.tried
+        if steps >= COMPILE_FROM and tried is not None and tried.holds(density):
+            paths, truth = self._paths(tried.values), tried.log_joint
+        else:
             paths = torch.randint(self.states, (SEVERAL, N, steps), device=density.device)
-            truth = density.log_joint(self.values(paths))
-        told = factors.first.expand(SEVERAL, -1, -1).gather(2, paths[:, :, :1])[..., 0]
+            with density.uncounted():
+                truth = density.log_joint(self.values(paths))
+        told = factors.first.expand(len(paths), -1, -1).gather(2, paths[:, :, :1])[..., 0]
         row, step = torch.arange(N, device=paths.device)[:, None], torch.arange(steps - 1, device=paths.device)
         before, now = paths[:, :, :-1], paths[:, :, 1:]
         moves = factors.moves.expand(steps - 1, N, -1, -1)
         told = told + (moves[step, row, before, now] + factors.seen[step, row, now]).sum(-1)
         if not torch.allclose(told.reshape(truth.shape), truth.to(told), rtol=1e-5, atol=1e-5, equal_nan=True):
             raise NotAChain("the latents' joint density is not that of one chain")
+
+    def _paths(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Values, site -> (S, *batch, *own), as state numbers (S, N, T)."""
+        columns = []
+        for name in self.sites:
+            support, value = _states(self.density.latents[name], self.density.dtype), values[name]
+            listed, rows = support.reshape(self.states, -1), value.reshape(len(value), -1, 1, support[0].numel())
+            columns.append((rows == listed).all(-1).long().argmax(-1))
+        return torch.stack(columns, 2)
 
     def values(self, paths: Tensor) -> dict[str, Tensor]:
         """State numbers (S, N, T) as values, site -> (S, *batch, *own)."""
