@@ -21,7 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class _Across(torch.autograd.Function):
@@ -50,6 +49,9 @@ def across(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return _Across.apply(function, *tensors)
 
 
+NOTHING = torch.empty(0)
+
+
 class Leaf:
     """The value of a site in all lanes: `read` answers it as it stands now, inside vmap."""
 
@@ -57,20 +59,22 @@ class Leaf:
         self.leaves = frozenset((name,))
         self.read = read
         self.born = self.made = -1
-        self.value = torch.empty(0)
+        self.value = NOTHING
+        self.owner: object = None
 
 
 class Recipe:
     """How a tensor was made: a function, its arguments, and the sites that they depend on."""
 
-    __slots__ = ("arguments", "born", "function", "inputs", "leaves", "made", "part", "value")
+    __slots__ = ("arguments", "born", "function", "inputs", "leaves", "made", "owner", "part", "value")
 
     def __init__(
         self, function: Any, arguments: Any, inputs: list[Any], part: int | None, leaves: frozenset[str], born: int
     ) -> None:
         self.function, self.arguments, self.inputs, self.part, self.leaves = function, arguments, inputs, part, leaves
+        self.owner: object = None
         self.born = born  # when the tensor that it stands for is right; that is not held, so that memory is given back
-        self.made, self.value = -1, torch.empty(0)
+        self.made, self.value = -1, NOTHING
 
 
 Entry = Leaf | Recipe
@@ -99,11 +103,11 @@ def _exchanged(value: Any, tensor: Callable[[Tensor, Seen], Any] | None, seen: S
 
 
 class Lineage(TorchFunctionMode):
-    """Keeps the recipes of all that is computed from leaves, and has old values made again before they are used."""
+    """Keeps the recipes of all that is computed from leaves, and has old values made again before they are used. A
+    tensor's entry stands in an attribute of the tensor: it goes with it, and is read faster than a dictionary is."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.entries = WeakTensorKeyDictionary()
         self.sites: dict[str, Leaf] = {}
         self.clock = 0
         self.drawing = False
@@ -132,17 +136,26 @@ class Lineage(TorchFunctionMode):
         for i, part in enumerate(result) if several else [(None, result)]:
             if id(part) in seen:  # handed through as it was, say by broadcast_tensors
                 if (entry := seen[id(part)]) is not None:
-                    self.entries[part] = entry
+                    self._note(part, entry)
             elif isinstance(part, Tensor):
-                self.entries[part] = Recipe(func, remembered, known, i, leaves, self.clock)
+                self._note(part, Recipe(func, remembered, known, i, leaves, self.clock))
         return result
 
+    def _note(self, tensor: Tensor, entry: Entry) -> None:
+        entry.owner = self
+        tensor._entry = entry  # type: ignore[attr-defined]
+
+    def entry(self, tensor: Tensor) -> Entry | None:
+        """What is known of a tensor; None where it depends on no site."""
+        entry = getattr(tensor, "_entry", None)
+        return entry if entry is not None and entry.owner is self else None
+
     def _entry(self, tensor: Tensor, seen: Seen) -> Any:
-        entry = seen[id(tensor)] = self.entries.get(tensor)
+        entry = seen[id(tensor)] = self.entry(tensor)
         return tensor if entry is None else entry
 
     def _present(self, tensor: Tensor, seen: Seen) -> Tensor:
-        entry = self.entries.get(tensor)
+        entry = self.entry(tensor)
         if entry is not None and entry.born != self.clock:
             tensor = self.now(entry)
         seen[id(tensor)] = entry
@@ -152,7 +165,7 @@ class Lineage(TorchFunctionMode):
         """From now on this tensor stands for the leaf."""
         leaf.born = leaf.made = self.clock
         leaf.value = tensor
-        self.entries[tensor] = leaf
+        self._note(tensor, leaf)
 
     def now(self, entry: Entry) -> Tensor:
         """What the entry's tensor is with the leaves as they stand now. Without recursion over a long past."""

@@ -143,7 +143,7 @@ class Filter(Messenger):
             self.log_given = self.log_given + element + self.jacobian
             return
         self.log_joint = self.log_joint + element
-        entry = self.lineage.entries.get(element) if self.terms is not None else None
+        entry = self.lineage.entry(element) if self.terms is not None else None
         if self.terms is not None and entry is not None:
             self.terms.append(Term(name, entry))
         if site.role != "latent" or name in self.proposals:
