@@ -38,11 +38,11 @@ def ancestors(scheme: str, log_weights: Tensor, uniform: Tensor) -> Tensor:
     count = len(weights)
     strata = torch.arange(count, dtype=weights.dtype, device=weights.device)[:, None]
     if scheme == "systematic":
-        return _reached(weights, (strata + uniform[:1]) / count)
+        return reached(weights, (strata + uniform[:1]) / count)
     if scheme == "stratified":
-        return _reached(weights, (strata + uniform) / count)
+        return reached(weights, (strata + uniform) / count)
     if scheme == "multinomial":
-        return _reached(weights, uniform.sort(0).values)
+        return reached(weights, uniform.sort(0).values)
     if scheme != "residual":
         raise ValueError(f"scheme {scheme!r}: expected one of {', '.join(SCHEMES)}.")
     # rounding must not cost a particle that is due a whole number of descendants
@@ -52,10 +52,10 @@ def ancestors(scheme: str, log_weights: Tensor, uniform: Tensor) -> Tensor:
     rest = (due - certain).clamp_min(0.0)
     fixed = _first_above(until, strata.expand_as(until).contiguous())
     rest = torch.where(rest.sum(0) > 0, rest, weights)  # nothing is left to chance there, and none of it is used
-    return torch.where(strata < until[-1], fixed.clamp_max(count - 1), _reached(rest, uniform))
+    return torch.where(strata < until[-1], fixed.clamp_max(count - 1), reached(rest, uniform))
 
 
-def _reached(weights: Tensor, share: Tensor) -> Tensor:
+def reached(weights: Tensor, share: Tensor) -> Tensor:
     """The first particle with which the running sum of weights exceeds a share (S, N) of the whole."""
     cumulative = weights.cumsum(0)
     whole = cumulative[-1:]

@@ -35,8 +35,8 @@ from pyrometer.inference import (
 from pyrometer.inference.density import Density
 from pyrometer.inference.em_steps import improve, maximise
 from pyrometer.inference.engine import Draws, Run
-from pyrometer.inference.learners.saem import _Memory
 from pyrometer.inference.learning import expected_log_joint, flat_draws
+from pyrometer.inference.memory import MOST, Memory
 from pyrometer.models import conjugate_gaussian, gaussian_mixture, ppca
 
 F64 = torch.float64
@@ -305,7 +305,7 @@ def test_saem_remembers_with_the_weights_of_its_recursion():
     """Q_t = (1 - g_t) Q_{t-1} + g_t q_t, as draws with weights: equal to the recursion of values, to rounding; and what
     was drawn before a gain of 1 is forgotten."""
     torch.manual_seed(0)
-    memory, value = _Memory(), 0.0
+    memory, value = Memory(Density(conjugate_gaussian.problem(num_data=4))), 0.0
     for gain in (1.0, 1.0, 0.5, 1 / 3, 0.7):
         draws, weights = {"z": torch.randn(3, 4, dtype=F64)}, torch.softmax(torch.randn(3, 4, dtype=F64), 0)
         value = (1 - gain) * value + gain * float((weights * draws["z"].square()).sum())
@@ -313,6 +313,71 @@ def test_saem_remembers_with_the_weights_of_its_recursion():
         assert float((all_weights * all_draws["z"].square()).sum()) == pytest.approx(value, rel=1e-12)
         torch.testing.assert_close(all_weights.sum(0), torch.ones(4, dtype=F64), rtol=0, atol=1e-12)
     assert len(all_weights) == 3 * 4
+
+
+def test_saem_remembers_a_quadratic_log_joint_whole():
+    """pPCA: the M-step on what is remembered is that on all 1,500 draws of each datum, though at most 400 are kept."""
+    problem = ppca.problem(num_data=30)
+    torch.manual_seed(0)
+    density = Density(problem)
+    memory, every = Memory(density), []
+    with density, torch.no_grad():
+        for k in range(1, 751):
+            every.append(torch.randn(2, 30, 2, dtype=F64) + torch.arange(30)[:, None])
+            kept, weights = memory.blended({"z": every[-1]}, torch.full((2, 30), 0.5, dtype=F64), 1 / k)
+            assert len(weights) <= MOST
+    assert not memory.thinned
+    whole = torch.cat(every)
+    equal = torch.full(whole.shape[:2], 1 / len(whole), dtype=F64)
+    found, exact = (problem.m_step(*draws, *problem.args) for draws in ((kept, weights), ({"z": whole}, equal)))
+    for name, value in exact.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-8)
+
+
+def test_saem_remembers_how_often_each_state_was_drawn():
+    problem = gaussian_mixture.problem(num_data=20)
+    torch.manual_seed(0)
+    density = Density(problem)
+    memory, every = Memory(density), []
+    with density, torch.no_grad():
+        for k in range(1, 1001):
+            every.append(torch.randint(2, (1, 20)) * torch.randint(2, (1, 20)))
+            kept, weights = memory.blended({"z": every[-1]}, torch.ones(1, 20, dtype=F64), 1 / k)
+            assert len(weights) <= MOST
+    assert not memory.thinned
+    share = (weights * (kept["z"] == 1)).sum(0)
+    torch.testing.assert_close(share, (torch.cat(every) == 1).double().mean(0), rtol=0, atol=1e-12)
+
+
+def test_saem_thins_what_it_cannot_shorten_and_says_so():
+    """A log joint of fourth order in z; 1,000 steps of N(0, 1) with weight 3/4 and N(4, 1) with 1/4, for 100 data. The
+    moments are those of 200 draws or more: E z = 1 within 4.9 sqrt(4 / 200 / 100) = 0.07 and E z^2 = 5 within 4.9
+    sqrt(66 / 200 / 100) = 0.28 (false alarm 2e-6 in all). Lost weights would make them 2 and 9."""
+
+    def model(x: Tensor) -> None:
+        scale = pyro.param("scale", torch.ones((), dtype=F64))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=F64), 1.0))
+            pyro.sample("x", dist.Normal(scale * z.square(), 1.0), obs=x)
+
+    torch.manual_seed(0)
+    density = Density(Problem(model, args=(torch.zeros(100, dtype=F64),)))
+    memory = Memory(density)
+    weights_of_two = torch.tensor([[0.75], [0.25]], dtype=F64).expand(2, 100)
+    with density, torch.no_grad():
+        for k in range(1, 1001):  # in the second row, a quarter of the weight, draws around 4
+            z = torch.randn(2, 100, dtype=F64) + torch.tensor([[0.0], [4.0]], dtype=F64)
+            kept, weights = memory.blended({"z": z}, weights_of_two, 1 / k)
+            assert len(weights) <= MOST
+    assert memory.thinned
+    first, second = (float((weights * kept["z"] ** power).sum(0).mean()) for power in (1, 2))
+    assert abs(first - 1.0) < 4.9 * math.sqrt(4.0 / 200 / 100)
+    assert abs(second - 5.0) < 4.9 * math.sqrt(66.0 / 200 / 100)
+    fit = learn(
+        Problem(model, args=(torch.ones(5, dtype=F64),)),
+        SAEM(e_step=ImportanceSampling(num_samples=300, proposal="prior"), num_steps=4, warmup_steps=1, m_step="full"),
+    )
+    assert any("was thinned to 200 draws" in note for note in fit.notes), fit.notes
 
 
 def test_saem_of_exact_e_steps_is_a_damped_em():

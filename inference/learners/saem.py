@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from ..density import Density
 from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, improve
@@ -24,6 +23,7 @@ from ..engine import Run
 from ..engines.enumeration import Enumeration
 from ..engines.hmc import HMC
 from ..learning import Learned, TrailWriter, flat_draws, make_optimizer
+from ..memory import MOST, Memory
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
 from ..settings import check_choice, check_optimizer, check_positive, settings
@@ -35,8 +35,9 @@ STUCK = 0.1  # a mean acceptance below which chains hardly move
 class SAEM:
     """EM whose E-steps are a few draws, remembered with weights that fall.
 
-    A closed or full M-step sees all draws since the warm-up, so that its cost grows with the steps; what is kept is
-    num_steps x draws x data numbers.
+    A closed or full M-step sees all draws since the warm-up; beyond 400 of each datum they are exchanged for fewer that
+    say the same, where there are such, and else thinned, which `notes` tell (see `memory`): the cost of a step and the
+    memory do not grow with the steps.
 
     e_step          an engine whose chains go on from step to step; None: two chains of one HMC draw each for every
                     datum, or enumeration where it serves
@@ -88,7 +89,7 @@ class SAEM:
         optimizer = make_optimizer(self.optimizer, density.theta.tensors, self.learning_rate)
         writer, notes = TrailWriter("estimate", 1), list[str]()
         chains = Chains(density, persistent=False)
-        memory = _Memory()
+        memory = Memory(density)
         for step in range(self.num_steps):
             gain = 1.0 if step < self.warmup_steps else (step - self.warmup_steps + 1.0) ** -self.decay
             afresh = step == self.warmup_steps  # theta has come far since the chains were tuned
@@ -105,6 +106,11 @@ class SAEM:
                 values, weights = memory.blended(values, weights, gain)
             improve(kind, density, values, weights, optimizer, self.gradient_steps)
             run.progress("SAEM steps", step + 1, self.num_steps)
+        if memory.thinned:
+            notes.append(
+                f"what was drawn was thinned to {MOST // 2} draws of each datum at a time: theta keeps the error of "
+                "about so many, however many steps there are"
+            )
         accepted = draws.sample_stats.get("acceptance_rate")
         if accepted is not None and float(accepted.mean()) < STUCK:
             notes.append(f"the chains hardly move: they accepted {float(accepted.mean()):.0%} at the last step")
@@ -117,17 +123,3 @@ class SAEM:
         if not Enumeration().supports(density) or not density.continuous:
             return e_step_for(density)
         return HMC(num_chains=2, num_samples=1, warmup_steps=100)
-
-
-class _Memory:
-    """Draws of all steps so far, with weights that sum to one for each datum."""
-
-    def __init__(self) -> None:
-        self._kept: list[tuple[dict[str, Tensor], Tensor]] = []
-
-    def blended(self, values: dict[str, Tensor], weights: Tensor, gain: float) -> tuple[dict[str, Tensor], Tensor]:
-        """Q_t as draws (S_1 + .. + S_t, *batch, *event) and weights: the old ones at 1 - gain, these at gain."""
-        old = [(v, (1 - gain) * w) for v, w in self._kept] if gain < 1 else []
-        self._kept = [*old, (values, gain * weights)]
-        all_values = {n: torch.cat([v[n] for v, _ in self._kept]) for n in values}
-        return all_values, torch.cat([w for _, w in self._kept])
