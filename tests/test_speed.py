@@ -500,6 +500,10 @@ def test_draws_that_are_none_make_a_failure(monkeypatch, broken, words):
 def test_together_is_the_mean_of_independent_estimates():
     parts = [{"a": Estimate(1.0, 0.3)}, {"a": Estimate(2.0, 0.4)}]
     assert together(parts) == {"a": Estimate(1.5, 0.25)}
+    spread = together([{"a": Estimate(value, 0.0)} for value in (1.0, 2.0, 6.0)])  # sd sqrt(7), of three
+    assert spread["a"].value == 3.0
+    assert spread["a"].error == pytest.approx(math.sqrt(7 / 3))
+    assert together(parts[:1])["a"].error == 0.3
 
 
 @pytest.mark.parametrize(("answer", "name"), [(Steps(8, 3.5), "loss"), (Weights(9, -30.0, 0.1), "log evidence")])
@@ -734,6 +738,11 @@ def test_a_tool_that_failed_in_a_later_round_keeps_its_figures_and_says_so():
         ("em-mixture", {"loss": Estimate(13.2567, 0.0)}, ["steps/s", "loss", "13.257"]),
         ("baum-welch", {"loss": Estimate(1.8567, 0.0)}, ["steps/s", "loss", "1.857"]),
         ("abc", {"mean off": Estimate(0.0312, 0.0), "sd ratio": Estimate(1.0451, 0.0)}, ["sims/s", "0.031", "1.045"]),
+        (
+            "abc",
+            {"mean off": Estimate(0.0312, 0.0021), "sd ratio": Estimate(1.0451, 0.0113)},
+            ["0.031±0.002", "1.045±0.011"],
+        ),
     ],
 )
 def test_other_kinds_have_their_own_columns(case, answer, words):

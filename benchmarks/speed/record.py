@@ -93,14 +93,16 @@ class Estimate:
 
 
 def together(parts: Sequence[Mapping[str, Estimate]]) -> dict[str, Estimate]:
-    """The mean of independent runs' estimates."""
-    return {
-        name: Estimate(
-            sum(part[name].value for part in parts) / len(parts),
-            math.sqrt(sum(part[name].error ** 2 for part in parts)) / len(parts),
-        )
-        for name in parts[0]
-    }
+    """The mean of independent runs' estimates. Where none of them knows its error, it is told from their spread."""
+    return {name: _mean([part[name] for part in parts]) for name in parts[0]}
+
+
+def _mean(parts: Sequence[Estimate]) -> Estimate:
+    values = np.array([part.value for part in parts])
+    error = math.sqrt(sum(part.error**2 for part in parts)) / len(parts)
+    if error == 0 and len(parts) > 1:
+        error = float(values.std(ddof=1)) / math.sqrt(len(parts))
+    return Estimate(sum(values.tolist()) / len(parts), error)
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,8 @@ class Row:
     called        of a call as a user makes it again in one process, with what it compiles again
     cold, cached  of the first call in a new process, with caches on disk empty or filled
     work          effective draws, steps, weighted draws or simulations in one answer
-    off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one
+    off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one; with their
+                  standard errors over repeats, `off_error` and `width_error`
     """
 
     tool: str
@@ -59,6 +60,8 @@ class Row:
     loss: float | None = None
     off: float | None = None
     width: float | None = None
+    off_error: float | None = None
+    width_error: float | None = None
     note: str = ""
     disagreement: Disagreement | None = None
 
@@ -153,6 +156,11 @@ def _row(
         **{
             field: estimates[name].value
             for field, name in (("loss", "loss"), ("off", "mean off"), ("width", "sd ratio"))
+            if name in estimates
+        },
+        **{
+            field: estimates[name].error
+            for field, name in (("off_error", "mean off"), ("width_error", "sd ratio"))
             if name in estimates
         },
         note=done[-1].note,

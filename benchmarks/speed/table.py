@@ -36,7 +36,7 @@ MEANING = {
     "chain": "warm is for {count} steps of Baum-Welch without the set-up. loss: minus the log likelihood, in nats per "
     "observation; all start from the same parameters.",
     "abc": "times are for {count} simulations. off: the posterior mean's error in true sds (1,000 exact draws: 0.03); "
-    "sd: the posterior sd over the true one.",
+    "sd: the posterior sd over the true one; ±: their standard errors over repeats.",
     "importance": "times are for {count} draws. |z|: difference of the log evidence to {to}, in standard errors.",
 }
 
@@ -105,9 +105,13 @@ def _agreement(row: Row, kind: str) -> list[RenderableType]:
     if kind in FITS:
         return [_number(row.loss, 3)]
     if kind == "abc":
-        return [_number(row.off, 3), _number(row.width, 3)]
+        return [_with_error(row.off, row.off_error), _with_error(row.width, row.width_error)]
     z = row.disagreement.z if row.disagreement else None
     return [Text(_number(z, 1), style="red" if _high(z, LIMIT) else "")]
+
+
+def _with_error(value: float | None, error: float | None) -> str:
+    return _number(value, 3) + (f"±{_number(error, 3)}" if error else "")
 
 
 def _warmups(rows: Sequence[Row]) -> list[str]:
