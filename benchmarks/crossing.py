@@ -20,7 +20,7 @@ from .gaps import Gaps, gaps
 from .gaussian import FAMILIES
 from .methods import row_seed
 from .metrics import BY_PROBLEM
-from .settings import configure
+from .settings import configure, names
 from .square import Square, gather, steps
 from .tabled import Tabled
 
@@ -76,7 +76,7 @@ def run(
 
     Raises ProblemError, before anything is learned, for what the user can put right.
     """
-    engines = [name.strip() for name in plan.evaluate.split(",") if name.strip()]
+    engines = names(plan.evaluate)
     named = [name for name in engines if name not in BY_PROBLEM]
     problem, chosen, learners = configure(plan.model, ",".join(named), plan.learn, plan.assignments)
     found = iter(chosen.items())

@@ -1,19 +1,26 @@
-"""From words on a command line to a problem, engines and learners: `latent_dim=2`, `svi.num_steps=500`."""
+"""From words on a command line to a problem, engines and learners: `latent_dim=2`, `svi.num_steps=500`.
+
+Settings stand beside a method for all of its name, or in brackets behind it for this one of several, as tables print
+them: `svi,svi(objective=iwae, num_particles=5)`, `em(num_steps=20):nuts(num_samples=50)`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
+import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pyrometer import models
 from pyrometer.inference import Problem, ProblemError
 
 from .methods import engines_from, label, learners_from
+
+_BRACKETS = re.compile(r"\(([^()]*)\)")
 
 
 def configure(
@@ -34,57 +41,104 @@ def configure(
     except ValueError as error:
         raise ProblemError(str(error)) from error
     problem = family.problem(**_typed(family.problem, for_model, f"model {model}"))
-    chosen = _by_written_name(engines, engines_from)
-    learners = _by_written_name(learn or "", learners_from)
-    _apply(for_methods, [chosen, learners])
-    finished = [{label(method): method for method in group.values()} for group in (chosen, learners)]
-    return problem, finished[0], finished[1] or None
+    groups = [_by_written_name(text, convert) for text, convert in ((engines, engines_from), (learn, learners_from))]
+    _apply(for_methods, groups)
+    chosen, learners = (_labelled(group) for group in groups)
+    return problem, chosen, learners or None
 
 
-def _by_written_name(text: str, convert: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
-    """The name as written -> instance. Raises ProblemError where two names mean the same method."""
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    return dict(zip(names, convert(text).values(), strict=True))
+def names(text: str) -> list[str]:
+    """The names in a text with commas between them; those in brackets part settings."""
+    return [name.strip() for name in re.split(r",(?![^()]*\))", text) if name.strip()]
+
+
+def _by_written_name(text: str | None, convert: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    """The name as written -> instance, still without the settings in brackets. Raises ProblemError."""
+    found: dict[str, Any] = {}
+    for written in names(text or ""):
+        if written in found:
+            raise ProblemError(f"{written} is given twice.")
+        (found[written],) = convert(_BRACKETS.sub("", written)).values()
+    return found
+
+
+def _labelled(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table calls each method -> the method, with the settings in brackets. Raises ProblemError."""
+    found: dict[str, Any] = {}
+    for written, method in group.items():
+        made = _replaced(method, dict(_in_brackets(written)), f"{written}: ")
+        if label(made) in found:
+            raise ProblemError(f"{label(made)} is given twice.")
+        found[label(made)] = made
+    return found
+
+
+def _in_brackets(written: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(path, value) of each setting in the brackets of a name, those behind a colon being of the E-step."""
+    for inside, part in zip(([], ["e_step"]), written.split(":", 1), strict=False):
+        for assignment in filter(None, ",".join(_BRACKETS.findall(part)).split(",")):
+            key, _, value = (word.strip() for word in assignment.partition("="))
+            if not (key and value):
+                raise ProblemError(f"{written}: expected key=value in the brackets, and not {assignment.strip()!r}.")
+            yield (*inside, *key.split(".")), value
 
 
 def _apply(assignments: Mapping[str, str], groups: list[dict[str, Any]]) -> None:
-    """Put `name.setting=value` into every method called so: as written, in full, or without its E-step."""
+    """Put `name.setting=value` into every method called so: as written, without brackets, or without its E-step."""
+    by_name: dict[str, dict[tuple[str, ...], str]] = {}
     for key, text in assignments.items():
-        name, *path = key.split(".")
+        name, *places = key.split(".")
+        by_name.setdefault(name, {})[tuple(places)] = text
+    for name, given in by_name.items():
         known: set[str] = set()
-        refused: _UnknownSettingError | None = None
-        taken = False
+        called_so, taken = [], set[tuple[str, ...]]()
         for group in groups:
             for written, method in group.items():
-                names = {written, written.partition(":")[0], method.name}
-                known |= names
-                if name not in names:
-                    continue
-                try:
-                    group[written] = _replaced(method, path, text, key)
-                    taken = True
-                except _UnknownSettingError as error:
-                    refused = error
-        if not taken:
-            raise refused or ProblemError(f"--set {key}: {name!r} is none of the methods; {_near(name, known)}")
+                called = {written, _BRACKETS.sub("", written), method.name}
+                known |= called
+                if name in called:
+                    called_so.append(method)
+                    own = {path: text for path, text in given.items() if _has(method, path)}
+                    taken |= own.keys()
+                    group[written] = _replaced(method, own, f"--set {name}.")
+        for setting in given:
+            if not called_so:
+                where = ".".join((name, *setting))
+                raise ProblemError(f"--set {where}: {name!r} is none of the methods; {_near(name, known)}")
+            if setting not in taken:
+                _replaced(called_so[-1], {setting: given[setting]}, f"--set {name}.")  # says what is wrong
 
 
-class _UnknownSettingError(ProblemError):
-    """This method has no such setting; another of the same name may."""
-
-
-def _replaced(method: Any, path: list[str], text: str, key: str) -> Any:
+def _has(method: Any, path: Sequence[str]) -> bool:
+    """Whether there is a setting at the end of this path, or something on its way that has none of its own."""
     head, *rest = path
-    hints = typing.get_type_hints(type(method))
-    fields = [f.name for f in dataclasses.fields(method) if f.init]
-    if head not in fields:
-        raise _UnknownSettingError(f"--set {key}: {method.name} has no setting {head!r}; {_near(head, fields)}")
-    if not rest:
-        return dataclasses.replace(method, **{head: convert(text, hints[head], f"--set {key}={text}")})
-    inner = getattr(method, head)
-    if not dataclasses.is_dataclass(inner):
-        raise ProblemError(f"--set {key}: {head} is chosen automatically here; name it first, as in --learn em:nuts.")
-    return dataclasses.replace(method, **{head: _replaced(inner, rest, text, key)})
+    if head not in _fields(method):
+        return False
+    return not rest or not dataclasses.is_dataclass(getattr(method, head)) or _has(getattr(method, head), rest)
+
+
+def _replaced(method: Any, given: Mapping[tuple[str, ...], str], where: str) -> Any:
+    """The method with these settings, path -> text, all at once. Raises ProblemError, beginning with `where`."""
+    hints, known = typing.get_type_hints(type(method)), _fields(method)
+    changes: dict[str, Any] = {}
+    inner: dict[str, dict[tuple[str, ...], str]] = {}
+    for (head, *rest), text in given.items():
+        if head not in known:
+            raise ProblemError(f"{where}{head}: {method.name} has no setting {head!r}; {_near(head, known)}")
+        if rest:
+            inner.setdefault(head, {})[tuple(rest)] = text
+        else:
+            changes[head] = convert(text, hints[head], f"{where}{head}={text}")
+    for head, deeper in inner.items():
+        if not dataclasses.is_dataclass(getattr(method, head)):
+            advice = "is chosen automatically here; name it first, as in --learn em:nuts."
+            raise ProblemError(f"{where}{'.'.join((head, *next(iter(deeper))))}: {head} {advice}")
+        changes[head] = _replaced(getattr(method, head), deeper, f"{where}{head}.")
+    return dataclasses.replace(method, **changes)
+
+
+def _fields(method: Any) -> list[str]:
+    return [f.name for f in dataclasses.fields(method) if f.init]
 
 
 def _typed(function: Callable[..., Any], assignments: Mapping[str, str], what: str) -> dict[str, Any]:

@@ -101,6 +101,11 @@ def test_without_engines_all_are_tried():
         (["compare", "vee"], "did you mean 'vae'"),
         (["compare", "conjugate_gaussian", "--engines", "nutz"], "Did you mean 'nuts'"),
         (["compare", "conjugate_gaussian", "--engines", "svi,svi"], "given twice"),
+        (["compare", "conjugate_gaussian", "--engines", "svi,svi(num_steps=1000)"], "given twice"),
+        (["compare", "conjugate_gaussian", "--engines", "svi(num_stepz=3)"], "did you mean 'num_steps'"),
+        (["compare", "conjugate_gaussian", "--engines", "svi(num_steps=3"], "no engine 'svi(num_steps=3'"),
+        (["compare", "conjugate_gaussian", "--engines", "svi(num_steps)"], "expected key=value in the brackets"),
+        (["compare", "conjugate_gaussian", "--engines", "svi(num_steps=x)"], "expected a whole number"),
         (["compare", "conjugate_gaussian", "--engines", "svi", "--learn", "nuts"], "no learner 'nuts'"),
         (["compare", "conjugate_gaussian", "--set", "num_dat=5"], "did you mean 'num_data'"),
         (["compare", "conjugate_gaussian", "--set", "num_data"], "expected key=value"),
@@ -155,6 +160,32 @@ def test_settings_reach_model_engine_learner_and_e_step():
     assert em.e_step.num_samples == 13
     assert importance.num_samples != 13
     assert next(learner for learner in learners.values() if learner.name == "svi") == svi
+
+
+def test_settings_in_brackets_are_of_one_method_of_several():
+    from pyrometer.benchmarks.settings import configure
+
+    _, engines, learners = configure(
+        "conjugate_gaussian",
+        "smc,smc(num_samples=50, kernel=langevin)",
+        "svi(objective=iwae,num_particles=50),svi, em(num_steps=7):nuts(num_samples=9)",
+        ["svi.num_steps=11", "svi.num_particles=3"],
+    )
+    assert list(engines) == ["smc", "smc(num_samples=50, kernel=langevin)"]
+    assert engines["smc(num_samples=50, kernel=langevin)"].num_samples == 50
+    first, second, em = learners.values()
+    # in brackets is nearer than beside
+    assert [(s.num_steps, s.objective, s.num_particles) for s in (first, second)] == [(11, "iwae", 50), (11, "elbo", 3)]
+    assert (em.num_steps, em.e_step.name, em.e_step.num_samples) == (7, "nuts", 9)
+    # what a table prints is what can be written
+    again = configure("conjugate_gaussian", ",".join(engines), ",".join(learners), [])
+    assert again[1:] == (engines, learners)
+    # neither alone would do
+    asleep = ["wake_sleep.wake_phi=false", "wake_sleep.sleep_phi=true"]
+    beside = configure("vae", "", "wake_sleep", asleep)[2]
+    assert beside == configure("vae", "", "wake_sleep(wake_phi=false,sleep_phi=true)", [])[2]
+    (one,) = beside.values()
+    assert (one.wake_phi, one.sleep_phi) == (False, True)
 
 
 def test_ctrl_c_prints_what_is_ready_and_exits_130(tmp_path, monkeypatch):
