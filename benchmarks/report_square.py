@@ -47,8 +47,8 @@ def render_gaps(gaps: Gaps, width: int = 120, ascii_only: bool = False) -> Rende
     """The title, a row of gaps for each fit, its worst data, the notes and the legend."""
     style, notes = style_of(width, ascii_only), Notes()
     words = f"Gaps on the {gaps.judged} data: evidence by {gaps.evaluator}, best member of {gaps.family}"
-    columns = [(name, "right", 16) for name in NAMES]
-    table = table_of(style, words, ("theta by", "left", 24), *columns, ("trust", "left", 10), ("note", "right", 4))
+    columns = [(name, "right", 15) for name in NAMES]
+    table = table_of(style, words, ("theta by", "left", 26), *columns, ("trust", "left", 8), ("note", "right", 4))
     for row in gaps.rows:
         trust = coloured(row.level if row.status.done else state(row.status.state))
         figures = [_gap(row.gaps.get(name), style) for name in NAMES]
@@ -77,7 +77,7 @@ def _learners(square: Square, notes: Notes, style: Style) -> Table:
     table = table_of(
         style,
         "Learners",
-        ("theta by", "left", 34),
+        ("theta by", "left", 48),
         ("own objective\n(all training data)", "right", 20),
         ("kind", "left", 12),
         ("status", "left", 10),
@@ -102,9 +102,12 @@ def _learners(square: Square, notes: Notes, style: Style) -> Table:
 
 def _cells(square: Square, evaluators: list[str], notes: Notes, style: Style) -> Table:
     """Rows learners, columns evaluators: value, difference to the best, trust with the number of its note."""
-    width = max(20, min(34, (style.width - 25) // len(evaluators) - 1))
+    # names have the room that evaluators leave
+    longest = max(len(learner.learner) for learner in square.learners)
+    name = max(24, min(longest, style.width - 21 * len(evaluators)))
+    width = max(20, min(34, (style.width - name - 1) // len(evaluators) - 1))
     title = "Held-out log p(x)" if square.judged == "held-out" else "Log p(x) of the training data"
-    table = table_of(style, title, ("theta by", "left", 24), *((name, "right", width) for name in evaluators))
+    table = table_of(style, title, ("theta by", "left", name), *((judge, "right", width) for judge in evaluators))
     for learner in square.learners:
         cells = [c for c in square.cells if c.learner == learner.learner]
         shown = [next((c for c in cells if c.evaluator == name), None) for name in evaluators]
@@ -143,7 +146,7 @@ def _worst(gaps: Gaps, style: Style) -> Table:
     table = table_of(
         style,
         "The data of largest inference gap, by index, in nats",
-        ("theta by", "left", 24),
+        ("theta by", "left", 26),
         ("datum", "right", 6),
         *((name, "right", 16) for name in IN_WORST),
     )

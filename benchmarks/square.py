@@ -133,6 +133,7 @@ class Square(Tabled):
         read = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(read, dict) or not {"learners", "cells"} <= set(read):
             raise ValueError(f"{path}: not a square; it has no learners and cells.")
+        read.pop("gaps", None)  # which the command writes beside it
         read["learners"] = tuple(_trained(learner) for learner in read["learners"])
         read["cells"] = tuple(_cell(cell) for cell in read["cells"])
         return cls(**read)

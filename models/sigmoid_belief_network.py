@@ -28,22 +28,25 @@ from .noisy_or import states
 MOST_UNITS = 14
 
 
-def problem(*, num_data: int = 100, data_dim: int = 8, latent_dim: int = 4, seed: int = 0) -> Problem:
-    """N binary data of D entries, from a network of H units drawn with the seed.
+def problem(
+    *, num_data: int = 100, data_dim: int = 8, latent_dim: int = 4, num_test: int = 0, seed: int = 0
+) -> Problem:
+    """N binary data of D entries, from a network of H units drawn with the seed; `num_test` more are held out.
 
     The site z is (N, H). theta is `W` (D, H), `a` (H) and `b` (D), which start at a small random W, at zero and at
     the log odds of the data's means; phi is `A` (H, D) and `c` (H), at zero. Raises `ProblemError` on a setting out of
     range.
     """
     n, d = _settings.count("num_data", num_data), _settings.count("data_dim", data_dim)
-    h = _settings.count("latent_dim", latent_dim)
+    h, num_test = _settings.count("latent_dim", latent_dim), _settings.count("num_test", num_test, 0)
     if h > MOST_UNITS:
         raise ProblemError(f"latent_dim={h}: at most {MOST_UNITS}, since their 2^H values are listed.")
     generator = _settings.generator("seed", seed)
     normal = lambda *shape: torch.randn(shape, generator=generator, dtype=torch.float64)  # noqa: E731
-    true_z = (torch.rand(n, h, generator=generator, dtype=torch.float64) < 0.4).double()
-    logits = true_z @ (2 * normal(h, d)) - 1
-    x = (torch.rand(n, d, generator=generator, dtype=torch.float64) < logits.sigmoid()).double()
+    coins = lambda p: (torch.rand(p.shape, generator=generator, dtype=torch.float64) < p).double()  # noqa: E731
+    true_z = coins(torch.full((n, h), 0.4))
+    true_W = 2 * normal(h, d)
+    x = coins((true_z @ true_W - 1).sigmoid())
     share = (x.sum(0) + 1) / (n + 2)
     start = {"W": 0.5 * normal(d, h), "a": torch.zeros(h, dtype=torch.float64), "b": share.log() - (1 - share).log()}
 
@@ -60,7 +63,9 @@ def problem(*, num_data: int = 100, data_dim: int = 8, latent_dim: int = 4, seed
         with pyro.plate("data", x.shape[0], dim=-1), pyro.plate("units", h, dim=-2):
             pyro.sample("z", dist.Bernoulli(logits=A @ x.T + c[:, None]))
 
-    return Problem(model, args=(x,), guide=guide, reference=reference, name="sigmoid_belief_network")
+    test = coins((coins(torch.full((num_test, h), 0.4)) @ true_W - 1).sigmoid())
+    held_out = (test,) if num_test else None
+    return Problem(model, args=(x,), guide=guide, reference=reference, name="sigmoid_belief_network", held_out=held_out)
 
 
 def reference(parameters: Mapping[str, Tensor], x: Tensor) -> Reference:
