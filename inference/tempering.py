@@ -100,10 +100,9 @@ class Stage(NamedTuple):
 
 @dataclass
 class Carried:
-    """Particles at the end of the path: lanes as `Point`, log weights normalised (S, G), log Z and its relative
-    variance (G,), and the stages, of which each datum has gone through `arrived` (G,)."""
+    """Particles at the end of the path: log weights normalised (S, G), log Z and its relative variance (G,), and the
+    stages, of which each datum has gone through `arrived` (G,)."""
 
-    point: Point
     log_weights: Tensor
     log_evidence: Tensor
     variance: Tensor
@@ -170,8 +169,9 @@ def per_datum_variance(u: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * (u - centre).square()).sum(0)
 
 
-def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan) -> Carried:
-    """Carry the lanes that stand there along the path. key (W,) for moves, datum_key (G,) for resampling."""
+def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan) -> tuple[Point, Carried]:
+    """Where the lanes that stand there are at the end of the path, and what is told of them. key (W,) for moves,
+    datum_key (G,) for resampling."""
     S, G, D = bound.count, bound.data, point.u.shape[1]
     dtype, device = point.u.dtype, point.u.device
     path, kernel = bound.path, bound.kernel
@@ -273,7 +273,7 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan
     families = of_families(eve, log_w)
     # the difference is that of two chances where it is small, and what the steps add if moves forget all is the least
     variance = torch.maximum((families - 1 / S).square().sum(0) - chance, apart)
-    return Carried(point, log_w, log_z, variance, stages, arrived, (families > 0).sum(0), hurried)
+    return point, Carried(log_w, log_z, variance, stages, arrived, (families > 0).sum(0), hurried)
 
 
 def of_families(eve: Tensor, log_weights: Tensor) -> Tensor:

@@ -183,14 +183,14 @@ def carried(copies, plan, count=100):
         bound = tempering.Bound(density, count, parts, tempering.KERNELS["hmc"], PATHS["geometric"], u)
         _, ids, _ = next(bound.groups())
         key, datum_key = streams.keys(1, len(u)), streams.keys(2, bound.data)
-        answer = tempering.carry(bound, bound.point(u[ids]), key, datum_key, plan)
-        return answer, bound.lanes.evaluate(answer.point.u)
+        point, answer = tempering.carry(bound, bound.point(u[ids]), key, datum_key, plan)
+        return answer, point, bound.lanes.evaluate(point.u)
 
 
 def test_what_is_known_of_a_particle_moves_with_it():
-    answer, (values, gradients) = carried(correlated(7), tempering.Plan(policy="always", moves=1, exactly=True))
-    torch.testing.assert_close(answer.point.values, values, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(answer.point.gradients, gradients, rtol=1e-9, atol=1e-9)
+    _, point, (values, gradients) = carried(correlated(7), tempering.Plan(policy="always", moves=1, exactly=True))
+    torch.testing.assert_close(point.values, values, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(point.gradients, gradients, rtol=1e-9, atol=1e-9)
 
 
 def test_the_last_weights_are_kept_and_normalised():

@@ -137,7 +137,7 @@ class AnnealedImportance:
         plan, found = Plan(betas, target=PILOT_ESS, at_start=True), []
         for data, ids, count in bound.groups():
             at = ids.to(u.device)
-            carried = carry(bound, bound.point(u[at]), key[at], datum_key[data.to(u.device)], plan)
+            _, carried = carry(bound, bound.point(u[at]), key[at], datum_key[data.to(u.device)], plan)
             found.append(Tuning.of(carried).first(count))
         return Tuning.joined(found)
 

@@ -111,11 +111,11 @@ def through(bound: Bound, u: Tensor, run: Run, plan: Plan) -> tuple[Tensor, list
     ended, told, done = torch.empty_like(u), [], 0
     for data, ids, count in bound.groups():
         at, of = ids.to(u.device), data.to(u.device)
-        carried = carry(bound, bound.point(u[at]), key[at], datum_key[of], plan)
+        point, carried = carry(bound, bound.point(u[at]), key[at], datum_key[of], plan)
         kept = ids.reshape(-1, bound.data)[:, :count].reshape(-1).to(u.device)
-        shaped = carried.point.u.reshape(bound.count, bound.data, -1)[:, :count]
+        shaped = point.u.reshape(bound.count, bound.data, -1)[:, :count]
         ended[kept] = shaped.reshape(-1, u.shape[1])
-        told.append((data[:count], carried))
+        told.append((data[:count], replace(carried, stages=carried.stages[-1:])))  # of thousands of groups
         done += count
         run.progress("data", done, bound.lanes.data)
     return ended, told
