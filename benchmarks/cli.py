@@ -312,7 +312,7 @@ def demo(seed: int, json_path: Path | None) -> None:
 @seed_option
 @json_option
 def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path | None, **settings: int | None) -> None:
-    """Time Pyrometer and its peers on the same models: NUTS, steps of a VAE's fit, importance weights.
+    """Time Pyrometer and its peers on the same models: NUTS, HMC, steps of a VAE's fit, importance weights.
 
     CASE is a name or the beginning of several, as in svi-step; without one all are run. Every measurement has a
     process of its own, and tools take turns. Peers that are not installed are listed: pip install pyrometer[peers].

@@ -6,6 +6,7 @@ randomness is seeded; statistical tests say what share of seeds they would refus
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import math
@@ -513,6 +514,72 @@ def test_work_of_steps_and_weights_is_their_number(answer, name):
     assert set(judged.estimates) == {name}
 
 
+def moving(rng, chains=4, draws=60, data=7):
+    return rng.normal(size=(chains, draws, data, 3)) * np.linspace(1.0, 2.0, data)[:, None]
+
+
+SMALL_HMC = SimpleNamespace(KIND="hmc", NUM_STEPS=3, LONGEST=20, identified=lambda z: {"z": z["z"][:, :, :2]})
+
+
+def test_work_of_hmc_is_gradients_of_each_datum_and_all_data_are_judged():
+    """The worst datum is one that no agreement is asked of: the last, whose draws are each told four times."""
+    values = moving(np.random.default_rng(1))
+    values[:, :, 6] = np.repeat(values[:, ::4, 6], 4, 1)
+    judged = worker.judged(SMALL_HMC, Draws({"z": values}, warmup=5, gradients=90))
+    assert judged.work == 90 * 7
+    each = [float(statistics.ess(torch.from_numpy(values[:, :, k])).min()) for k in range(7)]
+    assert judged.ess == (pytest.approx(each[6]), pytest.approx(sorted(each)[3]))
+    assert judged.ess[0] < 0.5 * judged.ess[1]
+    assert set(judged.estimates) == {f"z[{k}]{s}" for k in range(6) for s in ("", "^2")}
+    assert judged.note == ""
+
+
+def test_a_chain_that_stands_still_is_told_and_one_that_breaks_is_a_failure():
+    values = moving(np.random.default_rng(2))
+    values[1, :, (1, 5)] = 0.3
+    judged = worker.judged(SMALL_HMC, Draws({"z": values}, warmup=5, gradients=90))
+    assert judged.note == "2 of 7 data have a chain that never moves"
+    assert judged.ess[0] is None
+    assert judged.ess[1] > 0
+    assert set(judged.estimates) == {f"z[{k}]{s}" for k in range(3) for s in ("", "^2")}  # of the datum that moves
+    values[2, 3, 5] = math.nan
+    with pytest.raises(ValueError, match="not all finite"):
+        worker.judged(SMALL_HMC, Draws({"z": values}, warmup=5, gradients=90))
+    with pytest.raises(ValueError, match="gradients is not known"):
+        worker.judged(SMALL_HMC, Draws({"z": moving(np.random.default_rng(2))}, warmup=5))
+
+
+def test_a_long_case_is_cut_short(monkeypatch):
+    plans = []
+    monkeypatch.setattr(worker, "_measured", lambda case, tool, plan, blank: plans.append(plan))
+    for warmup in (None, 7, 900):
+        worker.measure("vae-latents-hmc", tools.OURS, 0, True, Plan(warmup=warmup))
+    worker.measure("vae-latents", tools.OURS, 0, True, Plan())
+    assert [(plan.draws, plan.warmup) for plan in plans] == [(200, 200), (200, 7), (200, 200), (1000, None)]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", installed("hmc"))
+def test_hmc_and_the_products_in_it_do_the_same_work(tool, monkeypatch):
+    """2 chains of 30 data, 12 draws and 8 of warm-up, 8 leapfrog steps each: as many gradients but for a few to start
+    (and for ours, whose trajectories have lengths of their own)."""
+    case = cases.load("vae-latents-hmc")
+    made = case.data()
+    monkeypatch.setattr(case, "data", lambda: {**made, "x": made["x"][:30]})
+    if tool.precision == "float64" and "torch" not in tool.requires:
+        pytest.skip("JAX has its precision from the environment")
+    monkeypatch.setattr(importlib.import_module(tools.__name__ + ".torch"), "ROWS", 60)
+    answer = tool.prepare(case, Plan(chains=2, draws=12, warmup=8)).called(3)
+    steps = 8 * (12 + 8) * 2
+    if tools.is_floor(tool.name):
+        assert answer.count == steps * 30
+        return
+    (values,) = answer.values.values()
+    assert values.shape == (2, 12, 30, 10)
+    assert len(np.unique(values[..., 0])) > 0.5 * 2 * 12 * 30
+    assert (0.6 if tools.is_ours(tool.name) else 1.0) * steps <= answer.gradients <= 1.4 * steps
+
+
 # -- agreement -------------------------------------------------------------------------------------------------------
 
 
@@ -645,13 +712,10 @@ def measurement(tool, turn, seconds, work=100.0, mean=1.0, error=0.1, **changes)
         first=10.0 + turn,
         called=(5.0, 6.0),
         warm=tuple(Timing(s, work, 4000) for s in seconds),
-        warmup=500,
-        r_hat=1.001,
-        estimates={"beta[0]": Estimate(mean, error)},
         note="runs on rails" if tool == "peer" else "",
         load=0.25 + turn,
         versions={"lib-" + tool: "1.2"},
-        **changes,
+        **{"warmup": 500, "r_hat": 1.001, "estimates": {"beta[0]": Estimate(mean, error)}, **changes},
     )
 
 
@@ -730,6 +794,33 @@ def test_a_tool_that_failed_in_a_later_round_keeps_its_figures_and_says_so():
     assert "pyrometer timed out: late" in text
 
 
+def test_the_products_alone_are_a_floor_and_no_peer():
+    """Work is gradients: 12,000 of ours in 2 s, the products' 12,000 in 1.5 s."""
+
+    def row(tool, seconds, **more):
+        found = measurement(tool, 0, (seconds,), work=12_000.0, r_hat=None, **more)
+        return replace(found, case="vae-latents-hmc", precision="float64")
+
+    floor = {"estimates": {}, "warmup": None}
+    ours = row(tools.OURS, 2.0, ess=(31.7, 210.4))
+    stuck = row("blackjax-vectorised-x64", 4.0, ess=(None, 187.2))
+    found = (ours, stuck, row("products-torch-x64", 1.5, **floor), row("products-jax-x64", 3.0, **floor))
+    text = shown(render(results.Benchmark(Plan(), found)))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "…" not in text
+    lines = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line.startswith(" ") and line.strip()}
+    assert lines[tools.OURS][0] == "6,000"
+    assert lines[tools.OURS][-4:] == ["31.7", "210", "0.0", "64"]
+    assert lines["blackjax-vectorised-x64"][-4:-2] == ["-", "187"]
+    assert lines["products-torch-x64"][-4:] == ["-", "-", "-", "64"]
+    assert "the best peer (blackjax-vectorised-x64) 3,000: 2.00 times as fast" in text
+    assert (
+        "pyrometer 6,000 grad/s, the products alone (products-torch-x64) 8,000: 1.33 times the products' time" in text
+    )
+    read = Measurement.from_json(json.loads(json.dumps(asdict(stuck))))
+    assert read == stuck
+
+
 @pytest.mark.parametrize(
     ("case", "answer", "words"),
     [
@@ -799,6 +890,7 @@ def test_every_case_has_what_its_kind_needs_and_we_are_timed_on_it(name):
     needs = {
         "posterior": "data problem numpyro_model pymc_model SHAPES constrain log_joint identified",
         "per-datum": "data problem SHAPES log_joint identified",
+        "hmc": "data problem SHAPES log_joint identified NUM_STEPS",
         "gibbs": "data problem numpyro_model SHAPES identified",
         "svi": "SIZE",
         "importance": "data problem NUM_DRAWS truth",

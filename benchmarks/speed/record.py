@@ -14,7 +14,7 @@ import numpy as np
 class Plan:
     """What is run.
 
-    chains, draws  of every NUTS; `warmup` draws before them, None: each sampler's own default
+    chains, draws  of every sampler; `warmup` draws before them, None: each sampler's own default
     rounds         processes for each case and tool; in the first, third .. caches on disk are empty, in the others
                    they are those that the process before has left
     repeats        timed answers in each process after its first; fewer once a process has run for `patience` seconds
@@ -35,7 +35,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Draws:
-    """NUTS draws by latent, (C, S, *event) and constrained; gradients with those of the warm-up, where they are known.
+    """Draws by latent, (C, S, *event) and constrained; gradients of all data, with those of the warm-up, where known.
 
     `seconds` is the sampler's own figure where it can leave out what the clock around the call cannot; `note` says how
     it ran, where that is not always the same. So below.
@@ -81,7 +81,16 @@ class Kept:
     note: str = ""
 
 
-Answer = Draws | Steps | Weights | Kept
+@dataclass(frozen=True)
+class Products:
+    """The matrix products of `count` gradients of a datum, and nothing else."""
+
+    count: int
+    seconds: float | None = None
+    note: str = ""
+
+
+Answer = Draws | Steps | Weights | Kept | Products
 
 
 @dataclass(frozen=True)
@@ -107,7 +116,8 @@ def _mean(parts: Sequence[Estimate]) -> Estimate:
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed answer: its seconds, and the work in them: effective draws, steps, weighted draws or simulations."""
+    """One timed answer: its seconds, and the work in them: effective draws, steps, weighted draws, simulations or
+    gradients of a datum."""
 
     seconds: float
     work: float
@@ -128,6 +138,7 @@ class Measurement:
     empty           whether the caches on disk were
     estimates       of what all tools must agree on, from the warm answers
     least_scalar    which has the fewest effective draws
+    ess             effective draws of the worst datum (None: a chain stands still) and of the median one, by HMC
     load            of the machine when it began, as `uptime` tells it: others' work falls on all alike, or shows here
     state, reason   'done', or why there is no answer: 'not installed', 'failed', 'timed out'
     """
@@ -144,6 +155,7 @@ class Measurement:
     warmup: int | None = None
     r_hat: float | None = None
     least_scalar: str = ""
+    ess: tuple[float | None, float] | None = None
     note: str = ""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     load: float = 0.0
@@ -157,6 +169,7 @@ class Measurement:
             **{
                 **read,
                 "called": tuple(read["called"]),
+                "ess": tuple(read["ess"]) if read["ess"] else None,
                 "warm": tuple(Timing(**timing) for timing in read["warm"]),
                 "estimates": {name: Estimate(**estimate) for name, estimate in read["estimates"].items()},
             }

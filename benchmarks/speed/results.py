@@ -16,6 +16,7 @@ from .tools import OURS
 UNITS = {
     "posterior": "ESS/s",
     "per-datum": "ESS/s",
+    "hmc": "grad/s",
     "gibbs": "ESS/s",
     "svi": "steps/s",
     "importance": "draws/s",
@@ -34,7 +35,8 @@ class Row:
     warm, least   seconds of the work alone, median and smallest
     called        of a call as a user makes it again in one process, with what it compiles again
     cold, cached  of the first call in a new process, with caches on disk empty or filled
-    work          effective draws, steps, weighted draws or simulations in one answer
+    work          effective draws, steps, weighted draws, simulations or gradients in one answer
+    ess           of the worst datum and of the median one
     off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one; with their
                   standard errors over repeats, `off_error` and `width_error`
     """
@@ -55,6 +57,7 @@ class Row:
     gradient_rate: float | None = None
     work: float | None = None
     least_scalar: str = ""
+    ess: tuple[float | None, float | None] | None = None
     r_hat: float | None = None
     warmup: int | None = None
     loss: float | None = None
@@ -151,6 +154,7 @@ def _row(
         gradient_rate=_median(t.gradients / t.seconds for t in timings if t.gradients),
         work=_median(t.work for t in timings),
         least_scalar=min(done, key=lambda m: min(t.work for t in m.warm)).least_scalar,
+        ess=_medians([m.ess for m in done if m.ess is not None]),
         r_hat=max((m.r_hat for m in done if m.r_hat is not None), default=None),
         warmup=done[0].warmup,
         **{
@@ -166,6 +170,12 @@ def _row(
         note=done[-1].note,
         disagreement=disagreement,
     )
+
+
+def _medians(pairs: Sequence[tuple[float | None, float]]) -> tuple[float | None, float | None] | None:
+    """Of the rounds' worst data, none where a round has none; and of their median ones."""
+    worst = [p[0] for p in pairs if p[0] is not None]
+    return (_median(worst if len(worst) == len(pairs) else ()), _median(p[1] for p in pairs)) if pairs else None
 
 
 def _median(values: Iterable[float]) -> float | None:

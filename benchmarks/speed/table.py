@@ -13,7 +13,7 @@ from rich.text import Text
 from . import cases
 from .agreement import LIMIT
 from .results import FITS, UNITS, Benchmark, Row
-from .tools import OURS, is_ours
+from .tools import OURS, is_floor, is_ours
 
 R_HAT_LIMIT = 1.05
 
@@ -27,6 +27,9 @@ MEANING = {
     "difference to {to}, over means and mean squares, in standard errors.",
     "per-datum": "ESS: the smallest bulk effective sample size over the scalars of the data that are judged. |z|: the "
     "largest difference to {to}, over means and mean squares, in standard errors.",
+    "hmc": "grad/s: gradients of a datum's log density that a chain moved by. worst, median: a datum's ESS, the least "
+    "over its scalars. |z|: the largest difference to {to}, over means and mean squares of some data, in standard "
+    "errors. products: the four matrix products of a gradient, alone.",
     "gibbs": "ESS: the smallest bulk effective sample size over the latents that all tools judge. |z|: the largest "
     "difference to {to}, over means and mean squares, in standard errors.",
     "svi": "warm, again, cold and cached are for {count} steps. loss: mean of the last hundred, in nats per datum; all "
@@ -39,6 +42,8 @@ MEANING = {
     "sd: the posterior sd over the true one; ±: their standard errors over repeats.",
     "importance": "times are for {count} draws. |z|: difference of the log evidence to {to}, in standard errors.",
 }
+
+DRAWN = dict.fromkeys(("posterior", "per-datum", "gibbs"), ("grad/s", "ESS")) | {"hmc": ("worst", "median")}
 
 
 def render(benchmark: Benchmark) -> RenderableType:
@@ -67,6 +72,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
         *_imports(rows),
         *_notes(rows),
         *_verdict(rows, module.KIND),
+        *_floors(rows, module.KIND),
     ]
     return [
         Text.assemble((case, "bold"), f"  {title}"),
@@ -81,8 +87,8 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("tool", no_wrap=True)
     agreement = ("loss",) if kind in FITS else ("off", "sd") if kind == "abc" else ("|z|",)
-    drawn = ("grad/s", "ESS") if kind in ("posterior", "per-datum", "gibbs") else ()
-    for title in (UNITS[kind], "ours/it", "warm s", "(least)", "again", "cold", "cached", *drawn, *agreement, "bits"):
+    times = ("ours/it", "warm s", "(least)", "again", "cold", "cached")
+    for title in (UNITS[kind], *times, *DRAWN.get(kind, ()), *agreement, "bits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         if row.rate is None:
@@ -93,11 +99,18 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
             _count(row.rate),
             _number(row.ratio),
             *(_number(s) for s in (row.warm, row.least, row.called, row.cold, row.cached)),
-            *((_count(row.gradient_rate), _count(row.work)) if drawn else ()),
+            *map(_count, _drawn(row, kind)),
             *_agreement(row, kind),
             row.precision.removeprefix("float"),
         )
     return table
+
+
+def _drawn(row: Row, kind: str) -> Sequence[float | None]:
+    """What there is to say of draws: the columns `DRAWN`."""
+    if kind == "hmc":
+        return row.ess or (None, None)
+    return (row.gradient_rate, row.work) if kind in DRAWN else ()
 
 
 def _agreement(row: Row, kind: str) -> list[RenderableType]:
@@ -136,7 +149,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _verdict(rows: Sequence[Row], kind: str) -> list[str]:
     """Ours beside the best peer that agrees with the others, and beside the best of our precision."""
     ours = next((row for row in rows if row.tool == OURS and row.rate), None)
-    peers = [row for row in rows if not is_ours(row.tool) and row.rate and not _suspect(row)]
+    peers = [row for row in rows if not (is_ours(row.tool) or is_floor(row.tool)) and row.rate and not _suspect(row)]
     if ours is None or not peers:
         return []
     found = {"the best peer": _fastest(peers)}
@@ -148,6 +161,18 @@ def _verdict(rows: Sequence[Row], kind: str) -> list[str]:
         f"{_number(best.ratio)} times as fast"
         for words, best in found.items()
     ]
+
+
+def _floors(rows: Sequence[Row], kind: str) -> list[str]:
+    """Each beside the fastest products of its precision."""
+    said = []
+    for row in rows:
+        floors = [f for f in rows if is_floor(f.tool) and f.rate and f.precision == row.precision]
+        if row.rate and floors and not is_floor(row.tool):
+            best = _fastest(floors)
+            words = f"{row.tool} {_count(row.rate)} {UNITS[kind]}, the products alone ({best.tool}) {_count(best.rate)}"
+            said.append(f"{words}: {_number((best.rate or 0.0) / row.rate)} times the products' time")
+    return said
 
 
 def _fastest(rows: Sequence[Row]) -> Row:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from . import cases, tools
-from .record import Answer, Draws, Estimate, Kept, Measurement, Plan, Steps, Timing, Weights, together
+from .record import Answer, Draws, Estimate, Kept, Measurement, Plan, Products, Steps, Timing, Weights, together
 
 SEED_STRIDE = 1000  # some seed chain c with seed + c: seeds far apart share none
 
@@ -35,12 +35,20 @@ def main() -> None:
 def measure(case: str, tool: str, round: int, empty: bool, plan: Plan) -> Measurement:
     """The measurement of one process; whatever breaks in the tool becomes its reason."""
     chosen_case = cases.load(case)
+    plan = _shortened(plan, getattr(chosen_case, "LONGEST", None))
     chosen = tools.find(tool, chosen_case.KIND)
     blank = Measurement(case, tool, chosen.precision, round, empty, load=os.getloadavg()[0], versions=chosen.versions())
     try:
         return _measured(chosen_case, chosen, plan, blank)
     except Exception as error:
         return replace(blank, state="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _shortened(plan: Plan, longest: int | None) -> Plan:
+    if longest is None:
+        return plan
+    warmup = longest if plan.warmup is None else min(plan.warmup, longest)
+    return replace(plan, draws=min(plan.draws, longest), warmup=warmup)
 
 
 def _measured(case: Any, tool: tools.Tool, plan: Plan, blank: Measurement) -> Measurement:
@@ -89,7 +97,8 @@ def _measured(case: Any, tool: tools.Tool, plan: Plan, blank: Measurement) -> Me
         warmup=getattr(answers[0], "warmup", None),
         r_hat=max((f.r_hat for f in found if f.r_hat is not None), default=None),
         least_scalar=least.least_scalar,
-        note=answers[-1].note,
+        ess=least.ess,
+        note="; ".join(filter(None, (answers[-1].note, found[-1].note))),
         estimates=together([f.estimates for f in found]),
     )
 
@@ -102,10 +111,14 @@ class Judgement:
     estimates: Mapping[str, Estimate]
     least_scalar: str = ""
     r_hat: float | None = None
+    ess: tuple[float | None, float] | None = None
+    note: str = ""
 
 
 def judged(case: Any, answer: Answer) -> Judgement:
     """Raises ValueError where the answer is no answer: draws that are not finite, a chain that never moves."""
+    if isinstance(answer, Products):
+        return Judgement(answer.count, {})
     if isinstance(answer, Steps):
         return Judgement(answer.count, {"loss": Estimate(answer.loss, 0.0)})
     if isinstance(answer, Weights):
@@ -140,16 +153,42 @@ def _judged_draws(case: Any, answer: Draws) -> Judgement:
         names += [name] if values.ndim == 2 else [f"{name}[{k}]" for k in range(flat.shape[2])]
         columns.append(flat)
     draws = torch.from_numpy(np.concatenate(columns, -1))  # (C, S, K)
-    ess = statistics.ess(draws).numpy()
-    if not np.isfinite(ess).all():
-        broken = names[int(np.argmin(np.isfinite(ess)))]
+    ess = statistics.ess(draws)
+    moved = ess.isfinite()
+    if not bool(moved.all() if case.KIND != "hmc" else moved.any()):
+        broken = names[int(moved.int().argmin())]
         raise ValueError(f"{broken} has no effective draws: they are not finite, or a chain never moves.")
+    names, draws, ess = [n for n, m in zip(names, moved, strict=True) if m], draws[..., moved], ess[moved]
     estimates: dict[str, Estimate] = {}
     for suffix, values in (("", draws), ("^2", draws.square())):
         means, errors = values.mean((0, 1)).tolist(), statistics.mcse(values).tolist()
         estimates |= {n + suffix: Estimate(m, e) for n, m, e in zip(names, means, errors, strict=True)}
     r_hat = statistics.rhat(draws).max().item()
-    return Judgement(float(ess.min()), estimates, names[int(ess.argmin())], r_hat if math.isfinite(r_hat) else None)
+    judged = Judgement(float(ess.min()), estimates, names[int(ess.argmin())], r_hat if math.isfinite(r_hat) else None)
+    return _by_gradients(judged, answer) if case.KIND == "hmc" else judged
+
+
+def _by_gradients(judged: Judgement, answer: Draws) -> Judgement:
+    """The work as gradients of a datum; and of every datum the smallest ESS of its scalars. A chain in thousands may
+    stand still: that is said, and leaves the worst datum without a figure."""
+    import torch
+
+    from pyrometer.inference import statistics
+
+    (values,) = answer.values.values()
+    draws = torch.from_numpy(np.asarray(values, dtype=float))  # (C, S, N, D)
+    if not bool(draws.isfinite().all()):
+        raise ValueError("the draws are not all finite.")
+    ess = statistics.ess(draws.flatten(2)).reshape(draws.shape[2:]).amin(1)
+    stuck = int((~ess.isfinite()).sum())
+    if answer.gradients is None:
+        raise ValueError("the number of gradients is not known.")
+    return replace(
+        judged,
+        work=answer.gradients * len(ess),
+        ess=(None if stuck else float(ess.min()), float(ess.nanmedian())),
+        note=f"{stuck} of {len(ess)} data have a chain that never moves" if stuck else "",
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@
     'per-datum'    NUTS, four chains for each of many data; speed is effective draws per second of the worst datum
         data(), problem(data), SHAPES, identified(z)        as above; draws (C, S, N, *event), unconstrained
         log_joint(z, x, data, xp)        log p(x, z) of one datum by hand, in nats
+    'hmc'          the same by HMC; speed is gradients of a datum per second, beside the matrix products of one alone
+        data(), problem(data), SHAPES, identified(z), log_joint(z, x, data, xp)         as above
+        NUM_STEPS                        leapfrog steps of a trajectory
     'gibbs'        Gibbs sampling, four chains, discrete latents drawn too; speed is effective draws per second
         data(), problem(data), numpyro_model(data), SHAPES, identified(z)       as above; SHAPES of the latents judged
     'svi'          steps of a VAE's fit; speed is steps per second
@@ -31,7 +34,8 @@
         data(), problem(data), DIM, NOISE, NUM_SIMULATIONS, NUM_SAMPLES
         posterior(data) -> mean, sd      exact, (DIM,) each
 
-A case may have `truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
+A case of draws may have `LONGEST`, draws of a chain and of its warm-up at most, whatever the plan says. A case may have
+`truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
 and of their squares ('tau^2'), or the 'log evidence'.
 """
 

@@ -24,6 +24,11 @@ def is_ours(name: str) -> bool:
     return name == OURS or name.startswith(f"{OURS}-")
 
 
+def is_floor(name: str) -> bool:
+    """No tool, but the part of the work that none can do without."""
+    return name.startswith("products-")
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A case ready to run: each function takes a seed and answers.

@@ -57,7 +57,7 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
-def per_datum(case: ModuleType, plan: Plan) -> Prepared:
+def per_datum(algorithm: str, case: ModuleType, plan: Plan) -> Prepared:
     """A chain for each datum and chain, all as one vector."""
     import blackjax
     import jax
@@ -66,15 +66,17 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
     data = {name: jnp.asarray(value) for name, value in case.data().items()}
     warmup = WARMUP if plan.warmup is None else plan.warmup
     (shape,) = case.SHAPES.values()
+    sampler = getattr(blackjax, algorithm)
+    length = {"num_integration_steps": case.NUM_STEPS} if algorithm == "hmc" else {}
 
     def chain(key: Any, x: Any) -> tuple[Any, Any]:
         def log_density(z: Any) -> Any:
             return case.log_joint(z, x, data, jnp)
 
         start, adapt, draw = jax.random.split(key, 3)
-        adaptation = blackjax.window_adaptation(blackjax.nuts, log_density)
+        adaptation = blackjax.window_adaptation(sampler, log_density, **length)
         (state, parameters), tuned = adaptation.run(adapt, jax.random.normal(start, shape), num_steps=warmup)
-        kernel = blackjax.nuts(log_density, **parameters)
+        kernel = sampler(log_density, **parameters)
 
         def step(state: Any, key: Any) -> Any:
             state, info = kernel.step(key, state)
@@ -92,5 +94,6 @@ TOOLS = [
     Tool(f"blackjax-{name}", "posterior", REQUIRES, "float32", partial(nuts, method), devices)
     for name, method in (("parallel", "parallel"), ("vectorised", "vectorized"))
 ]
-TOOLS += [Tool("blackjax-vectorised", "per-datum", REQUIRES, "float32", per_datum, devices)]
+TOOLS += [Tool("blackjax-vectorised", "per-datum", REQUIRES, "float32", partial(per_datum, "nuts"), devices)]
+TOOLS += [Tool("blackjax-vectorised", "hmc", REQUIRES, "float32", partial(per_datum, "hmc"), devices)]
 TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]

@@ -1,4 +1,4 @@
-"""JAX alone: the weights of eight schools written by hand and compiled."""
+"""JAX alone: the weights of eight schools, and the products of a gradient, written by hand and compiled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from ..record import Plan, Weights
+from ..record import Plan, Products, Weights
 from . import Prepared, Tool
+from ._products import steps_of
 from .numpyro import devices_x64
 
 
@@ -35,5 +36,29 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def products(case: ModuleType, plan: Plan) -> Prepared:
+    """All chains of all data as the rows of one matrix. Each gradient is added to the next one's latents, in small, so
+    that the compiler cannot leave one out."""
+    import jax
+    import jax.numpy as jnp
+
+    data = {name: jnp.asarray(value) for name, value in case.data().items()}
+    a, b, steps, rows = data["a"], data["b"], steps_of(case, plan), plan.chains * len(data["x"])
+
+    @jax.jit
+    def run(z: Any) -> Any:
+        def step(moved: Any, _: None) -> tuple[Any, None]:
+            return z + 1e-6 * (((((z + moved) @ a) @ b) @ b.T) @ a.T), None
+
+        return jax.lax.scan(step, jnp.zeros_like(z), length=steps)[0]
+
+    def called(seed: int) -> Products:
+        run(jax.random.normal(jax.random.PRNGKey(seed), (rows, len(a)))).block_until_ready()
+        return Products(steps * rows)
+
+    return Prepared(called, called)
+
+
 TOOLS = [Tool("jax-jit", "importance", {"jax": "jax"}, "float32", importance)]
-TOOLS += [Tool("jax-jit-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]
+TOOLS += [Tool("products-jax", "hmc", {"jax": "jax"}, "float32", products)]
+TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]

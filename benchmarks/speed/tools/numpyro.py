@@ -63,7 +63,7 @@ def nuts(method: str, case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, warm)
 
 
-def per_datum(case: ModuleType, plan: Plan) -> Prepared:
+def per_datum(algorithm: str, case: ModuleType, plan: Plan) -> Prepared:
     """A chain for each datum and chain, all as one vector: its kernel under vmap, on a log density written by hand."""
     import jax
     import jax.numpy as jnp
@@ -72,9 +72,10 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
     data = {name: jnp.asarray(value) for name, value in case.data().items()}
     warmup = WARMUP if plan.warmup is None else plan.warmup
     (shape,) = case.SHAPES.values()
+    length = {"num_steps": case.NUM_STEPS, "trajectory_length": None} if algorithm == "HMC" else {}
 
     def chain(key: Any, x: Any) -> tuple[Any, Any]:
-        begin, move = hmc(lambda z: -case.log_joint(z, x, data, jnp), algo="NUTS")
+        begin, move = hmc(lambda z: -case.log_joint(z, x, data, jnp), algo=algorithm)
         start, run = jax.random.split(key)
 
         def step(state: Any, _: None) -> tuple[Any, tuple[Any, Any]]:
@@ -85,7 +86,7 @@ def per_datum(case: ModuleType, plan: Plan) -> Prepared:
             state = move(state)
             return state, state.num_steps
 
-        state = begin(jax.random.normal(start, shape), warmup, rng_key=run)
+        state = begin(jax.random.normal(start, shape), warmup, rng_key=run, **length)
         state, tuned = jax.lax.scan(tune, state, length=warmup)
         _, (draws, steps) = jax.lax.scan(step, state, length=plan.draws)
         return draws, steps.sum() + tuned.sum()
@@ -215,7 +216,8 @@ TOOLS = [
     Tool(f"numpyro-{name}", "posterior", REQUIRES, "float32", partial(nuts, method), devices)
     for name, method in (("parallel", "parallel"), ("sequential", "sequential"), ("vectorised", "vectorized"))
 ]
-TOOLS += [Tool("numpyro-vectorised", "per-datum", REQUIRES, "float32", per_datum, devices)]
+TOOLS += [Tool("numpyro-vectorised", "per-datum", REQUIRES, "float32", partial(per_datum, "NUTS"), devices)]
+TOOLS += [Tool("numpyro-vectorised", "hmc", REQUIRES, "float32", partial(per_datum, "HMC"), devices)]
 TOOLS += [Tool(f"{t.name}-x64", t.kind, t.requires, "float64", t.prepare, environment=devices_x64) for t in TOOLS]
 TOOLS += [
     Tool("numpyro-gibbs", "gibbs", REQUIRES, "float32", partial(gibbs, "parallel"), devices, compiles=False),

@@ -11,46 +11,26 @@ from ..record import Draws, Kept, Plan, Steps, Weights
 from . import OURS, Prepared, Tool
 
 
-def nuts(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+def sampler(name: str, precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    """NUTS, HMC or Gibbs, as many trajectories' steps as the case says where it says so."""
     import torch
 
-    from pyrometer.inference import NUTS, infer
+    from pyrometer import inference
 
     problem = case.problem(case.data())
-    warmup = {} if plan.warmup is None else {"warmup_steps": plan.warmup}
-    engine = NUTS(num_samples=plan.draws, num_chains=plan.chains, **warmup)
+    settings = {} if plan.warmup is None else {"warmup_steps": plan.warmup}
+    settings |= {"num_steps": case.NUM_STEPS} if name == "HMC" else {}
+    engine = getattr(inference, name)(num_samples=plan.draws, num_chains=plan.chains, **settings)
 
     def called(seed: int) -> Draws:
-        posterior = infer(problem, engine, seed=seed, dtype=getattr(torch, precision))
+        posterior = inference.infer(problem, engine, seed=seed, dtype=getattr(torch, precision))
         if not posterior.status.done:
             raise RuntimeError(str(posterior.status))
         cost = posterior.cost
         return Draws(
             {name: posterior.draws[name].numpy() for name in case.SHAPES},
             warmup=engine.warmup_steps,
-            gradients=round(cost.gradients),
-            seconds=cost.seconds - cost.compile_seconds,
-            note=f"its density ran as {cost.backend} code",
-        )
-
-    return Prepared(called, called)
-
-
-def gibbs(case: ModuleType, plan: Plan) -> Prepared:
-    from pyrometer.inference import Gibbs, infer
-
-    problem = case.problem(case.data())
-    warmup = {} if plan.warmup is None else {"warmup_steps": plan.warmup}
-    engine = Gibbs(num_samples=plan.draws, num_chains=plan.chains, **warmup)
-
-    def called(seed: int) -> Draws:
-        posterior = infer(problem, engine, seed=seed)
-        if not posterior.status.done:
-            raise RuntimeError(str(posterior.status))
-        cost = posterior.cost
-        return Draws(
-            {name: posterior.draws[name].numpy() for name in case.SHAPES},
-            warmup=engine.warmup_steps,
+            gradients=round(cost.gradients) or None,
             seconds=cost.seconds - cost.compile_seconds,
             note=f"its density ran as {cost.backend} code",
         )
@@ -132,10 +112,12 @@ def abc(settings: Mapping[str, Any], case: ModuleType, plan: Plan) -> Prepared:
 REQUIRES = {"pyrometer": "pyrometer.inference", "torch": "torch", "pyro-ppl": "pyro"}
 
 TOOLS = [
-    Tool(OURS, "posterior", REQUIRES, "float64", partial(nuts, "float64")),
-    Tool(OURS, "per-datum", REQUIRES, "float64", partial(nuts, "float64")),
-    Tool(f"{OURS}-float32", "per-datum", REQUIRES, "float32", partial(nuts, "float32")),
-    Tool(OURS, "gibbs", REQUIRES, "float64", gibbs),
+    Tool(OURS, "posterior", REQUIRES, "float64", partial(sampler, "NUTS", "float64")),
+    Tool(OURS, "per-datum", REQUIRES, "float64", partial(sampler, "NUTS", "float64")),
+    Tool(f"{OURS}-float32", "per-datum", REQUIRES, "float32", partial(sampler, "NUTS", "float32")),
+    Tool(OURS, "hmc", REQUIRES, "float64", partial(sampler, "HMC", "float64")),
+    Tool(f"{OURS}-float32", "hmc", REQUIRES, "float32", partial(sampler, "HMC", "float32")),
+    Tool(OURS, "gibbs", REQUIRES, "float64", partial(sampler, "Gibbs", "float64")),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
     Tool(OURS, "mixture", REQUIRES, "float64", em),

@@ -1,4 +1,4 @@
-"""Torch alone: the loss of the VAE and the weights of eight schools written by hand, eager or compiled."""
+"""Torch alone: the loss of the VAE, the weights of eight schools and the products of a gradient written by hand."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..record import Plan, Steps, Weights
+from ..record import Plan, Products, Steps, Weights
 from . import Prepared, Tool
+from ._products import steps_of
 
 
 def svi(compiled: bool, case: ModuleType, plan: Plan) -> Prepared:
@@ -74,10 +75,37 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def products(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    """In blocks of as many rows as stay in a core's cache, into memory that is there."""
+    import torch
+
+    data = {name: torch.from_numpy(value).to(getattr(torch, precision)) for name, value in case.data().items()}
+    a, b = data["a"], data["b"]
+    turned_a, turned_b = a.T.contiguous(), b.T.contiguous()
+    rows, steps = plan.chains * len(data["x"]), steps_of(case, plan)
+    z = torch.ones(ROWS, len(a), dtype=a.dtype)
+    hidden, logits = z @ a, z @ a @ b
+
+    def called(seed: int) -> Products:
+        blocks = rows * steps // ROWS
+        for _ in range(blocks):
+            torch.mm(z, a, out=hidden)
+            torch.mm(hidden, b, out=logits)
+            torch.mm(logits, turned_b, out=hidden)
+            torch.mm(hidden, turned_a, out=z)
+            z.fill_(1.0)  # or it would grow
+        return Products(blocks * ROWS)
+
+    return Prepared(called, called)
+
+
 REQUIRES = {"torch": "torch"}
+ROWS = 1000
 
 TOOLS = [
     Tool("torch-eager", "svi", REQUIRES, "float32", partial(svi, False), compiles=False),
     Tool("torch-compiled", "svi", REQUIRES, "float32", partial(svi, True)),
+    Tool("products-torch", "hmc", REQUIRES, "float32", partial(products, "float32"), compiles=False),
+    Tool("products-torch-x64", "hmc", REQUIRES, "float64", partial(products, "float64"), compiles=False),
     Tool("torch-eager", "importance", REQUIRES, "float64", importance, compiles=False),
 ]
