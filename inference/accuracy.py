@@ -34,7 +34,7 @@ CAUTION, BAD = 0.2, 1.0  # posterior sds
 SURE = 0.9
 TOLERATED = 0.01  # of the data
 FEW_VALUES = 32  # of a discrete latent, up to which probabilities are compared in place of moments
-AT_ONCE = 2**22  # numbers that are worked on together
+AT_ONCE = 2**20  # numbers that are worked on together
 BISECTIONS = 50
 ROUNDING = 1e-12
 

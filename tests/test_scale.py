@@ -51,13 +51,13 @@ SMALL = 2_000  # data: more than stand side by side
 ENGINES = {
     "hmc": ("HMC(num_samples=10, warmup_steps=10, num_chains=2)", 100_000),
     "random walk": ("RandomWalk(num_samples=10, warmup_steps=10, num_chains=2)", 100_000),
-    "nuts": ("NUTS(num_samples=5, warmup_steps=5, num_chains=2)", 50_000),
+    "nuts": ("NUTS(num_samples=5, warmup_steps=5, num_chains=2)", 100_000),
     "importance": ("ImportanceSampling(num_samples=20, proposal='prior')", 100_000),
     "annealed": (
         "AnnealedImportance(num_samples=16, num_temperatures=4, schedule='linear', kernel='langevin')",
-        20_000,
+        100_000,
     ),
-    "smc": ("SMC(num_samples=16, num_temperatures=3, num_moves=1)", 20_000),
+    "smc": ("SMC(num_samples=16, num_temperatures=3, num_moves=1)", 100_000),
 }
 
 
