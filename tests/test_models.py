@@ -379,6 +379,22 @@ def start_of(problem):
     return {name: node["value"].detach() for name, node in trace.nodes.items() if node["type"] == "param"}
 
 
+def test_held_out_data_of_the_belief_network_are_of_the_same_network():
+    """Shares of ones of 4,000 and 4,000 data: |z| < 6 for all entries and pairs of entries, 36 of them, by chance but
+    once in ten million; another network has them elsewhere, by 0.2 and more. To hold data out moves no other."""
+    problem = sigmoid_belief_network.problem(num_data=4000, num_test=4000)
+    plain = sigmoid_belief_network.problem(num_data=4000)
+    assert torch.equal(problem.args[0], plain.args[0])
+    assert plain.held_out is None
+    assert all(torch.equal(a, b) for a, b in zip(start_of(problem).values(), start_of(plain).values(), strict=True))
+    seen, unseen = problem.args[0], problem.held_out[0]
+    assert not torch.equal(seen, unseen)
+    shares = [x.T @ x / len(x) for x in (seen, unseen)]
+    middle = (shares[0] + shares[1]) / 2
+    error = (middle * (1 - middle) * 2 / 4000).sqrt()
+    assert bool(((shares[0] - shares[1]).abs() < 6 * error).all())
+
+
 @pytest.mark.parametrize(
     ("problem", "sites"),
     [
