@@ -175,7 +175,7 @@ def test_the_next_temperature_leaves_the_share_that_was_asked_for(criterion):
 
 
 def carried(copies, plan, count=100):
-    """The lanes of copies after the path, with the density."""
+    """What is told of copies after the path, their lanes, and the density there."""
     density = Density(copies.problem)
     with isolated(0), torch.no_grad(), density:
         parts, draw = begin(density, "prior")
@@ -194,11 +194,11 @@ def test_what_is_known_of_a_particle_moves_with_it():
 
 
 def test_the_last_weights_are_kept_and_normalised():
-    answer, _ = carried(correlated(7), tempering.Plan(policy="always"))
+    answer, _, _ = carried(correlated(7), tempering.Plan(policy="always"))
     torch.testing.assert_close(answer.log_weights.exp().sum(0), torch.ones(7, dtype=F64))
     assert bool((answer.log_weights.std(0) > 1e-6).all())
     assert bool((answer.ancestors_left < 80).all())
-    answer, _ = carried(correlated(7), tempering.Plan(policy="never"))
+    answer, _, _ = carried(correlated(7), tempering.Plan(policy="never"))
     assert bool((answer.ancestors_left == 100).all())
     assert bool((1 / answer.log_weights.exp().square().sum(0) < 60).all())
 
