@@ -817,6 +817,7 @@ def test_the_products_alone_are_a_floor_and_no_peer():
     assert (
         "pyrometer 6,000 grad/s, the products alone (products-torch-x64) 8,000: 1.33 times the products' time" in text
     )
+    assert "chains of 200 draws and as many of warm-up, at most" in text
     read = Measurement.from_json(json.loads(json.dumps(asdict(stuck))))
     assert read == stuck
 

@@ -68,6 +68,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
     title = (module.__doc__ or case).splitlines()[0]
     lines = [
         MEANING[module.KIND].format(to=to, count=f"{count:,.0f}"),
+        *([f"chains of {module.LONGEST} draws and as many of warm-up, at most"] if hasattr(module, "LONGEST") else []),
         *_warmups(rows),
         *_imports(rows),
         *_notes(rows),
