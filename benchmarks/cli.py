@@ -66,7 +66,8 @@ def compare(
     from .comparison import gather, judge
     from .settings import configure
 
-    problem, chosen, learners = configure(model, engines or ",".join(all_engines()), learn, assignments)
+    named = ",".join(all_engines()) if engines is None else engines
+    problem, chosen, learners = configure(model, named, learn, assignments)
     words: list[Any] = ["pyrometer", "compare", model]
     for option, value in (("--engines", engines), ("--learn", learn), ("--seed", seed), ("--device", device)):
         words += [option, value] if value is not None else []

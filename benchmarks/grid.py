@@ -19,9 +19,9 @@ import inspect
 import itertools
 import numbers
 import tomllib
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class Grid:
         """The problem of a cell. Raises ProblemError where its settings cannot be used."""
         if not cell.model:
             return self.objects["problem", cell.problem]
-        return family(cell.model).problem(**cell.model_settings)
+        return made(cell.model, family(cell.model), cell.model_settings)
 
     def engine(self, cell: Cell) -> Any:
         if not cell.method:
@@ -206,11 +206,27 @@ def _joining(constant: str, unsaid: Mapping[str, Any] | tuple[()] = ()) -> dict[
 
 
 def family(name: str) -> Any:
-    """A family of models by name, or 'package.module' by import. Raises ProblemError."""
+    """A family of models by name, file or 'package.module'. Raises ProblemError."""
     try:
-        return models.find(name) if "." not in name else import_module(name)
-    except (ValueError, ImportError) as error:
+        return models.find(name)
+    except ValueError as error:
         raise ProblemError(str(error)) from error
+
+
+def made(name: str, module: Any, settings: Mapping[str, Any]) -> Problem:
+    """A family's problem in these settings. Raises ProblemError where its function fails, or answers with no problem."""
+    try:
+        problem = module.problem(**settings)
+    except ProblemError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raise ProblemError(
+            f"model {name}: problem() failed: {type(error).__name__}: {error} ({place.filename}, line {place.lineno})."
+        ) from error
+    if not isinstance(problem, Problem):
+        raise ProblemError(f"model {name}: problem() gave a {type(problem).__name__}, and not a Problem.")
+    return problem
 
 
 def built(name: str, settings: Mapping[str, Any], as_method: Callable[[Any], Any]) -> Any:

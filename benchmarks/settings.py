@@ -15,9 +15,9 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from pyrometer import models
 from pyrometer.inference import Problem, ProblemError
 
+from .grid import family, made
 from .methods import engines_from, label, learners_from
 
 _BRACKETS = re.compile(r"\(([^()]*)\)")
@@ -34,13 +34,8 @@ def configure(
         if not equals or not key:
             raise ProblemError(f"--set {assignment}: expected key=value, for example --set latent_dim=2.")
         (for_methods if "." in key else for_model)[key] = value
-    try:
-        family = models.find(model)
-    except ProblemError:
-        raise
-    except ValueError as error:
-        raise ProblemError(str(error)) from error
-    problem = family.problem(**_typed(family.problem, for_model, f"model {model}"))
+    module = family(model)
+    problem = made(model, module, _typed(module.problem, for_model, f"model {model}"))
     groups = [_by_written_name(text, convert) for text, convert in ((engines, engines_from), (learn, learners_from))]
     _apply(for_methods, groups)
     chosen, learners = (_labelled(group) for group in groups)

@@ -12,10 +12,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib.metadata import entry_points
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
 from types import ModuleType
 
 ENTRY_POINT_GROUP = "pyrometer.models"
@@ -63,10 +66,30 @@ def families() -> Families:
 
 
 def find(name: str) -> ModuleType:
-    """The family of this name. Raises ValueError, with the nearest name, where there is none."""
+    """The family of this name; of your own, in a file 'my_models.py' or an importable 'package.module'. Raises
+    ValueError, with the nearest name, where there is none."""
+    if name.endswith(".py"):
+        return Families({name: partial(_from_file, Path(name))})[name]
+    if "." in name:
+        return Families({name: partial(importlib.import_module, name)})[name]
     known = families()
     if name in known:
         return known[name]
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(known)}."
-    raise ValueError(f"no model family {name!r}; {hint}")
+    own = f" For the file, write {name}.py." if Path(f"{name}.py").is_file() else ""
+    raise ValueError(f"no model family {name!r}; {hint}{own}")
+
+
+def _from_file(path: Path) -> ModuleType:
+    name = f"{__name__}.file.{path.stem}"  # a name that no import asks for
+    spec = spec_from_file_location(name, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise FileNotFoundError(f"there is no file {path.absolute()}")
+    module = sys.modules[name] = module_from_spec(spec)  # where dataclasses, for one, look it up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1103,3 +1103,32 @@ def test_a_plug_in_cannot_take_the_name_of_a_family(monkeypatch, tmp_path):
     with pytest.warns(UserWarning, match="'someones_models' is ignored: the family 'ppca' exists"):
         families = models.families()
     assert families["ppca"] is ppca
+
+
+def test_a_file_of_ones_own_is_a_family(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import dataclasses\n@dataclasses.dataclass\nclass Data:\n    n: int\ndef problem(): return Data(3)")
+    assert models.find(str(file)).problem().n == 3
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise OSError('no such disk')", r"mine.py' cannot be imported: OSError: no such disk"),
+        ("def problem(:", r"mine.py' cannot be imported: SyntaxError"),
+        ("x = 1", r"mine.py' has no function problem"),
+        (None, r"there is no file /.*mine.py"),
+    ],
+)
+def test_a_file_that_is_no_family_says_why(tmp_path, source, reason):
+    if source is not None:
+        (tmp_path / "mine.py").write_text(source)
+    with pytest.raises(ValueError, match=reason):
+        models.find(str(tmp_path / "mine.py"))
+
+
+def test_the_name_of_a_file_here_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def problem(): return 'made'")
+    with pytest.raises(ValueError, match=r"no model family 'mine'.* write mine.py"):
+        models.find("mine")
