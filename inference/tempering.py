@@ -123,6 +123,16 @@ class Bound:
         example = self.point(u.reshape(-1, u.shape[-1])[next(self.groups())[1].to(u.device)])
         self.transition: Transition = kernel.bind(self.lanes, path, example)
 
+    @classmethod
+    def of(cls, density: Density, count: int, parts: Parts, kernel: Kernel, path: Path, u: Tensor) -> Bound:
+        """The one of this density, compiled once, on the rows that it sees now: an E-step is run many times."""
+        whole = density.row_numbers is None
+        key = ("path", count, parts, id(kernel), path, whole, tuple(density.batch_shape))
+        if key not in density.kept:
+            density.kept[key] = cls(density, count, parts, kernel, path, u)
+        density.kept[key].lanes.renew()
+        return density.kept[key]
+
     def groups(self) -> Iterator[tuple[Tensor, Tensor, int]]:
         """Numbers of the data (G,), of their lanes (S G,), and how many of the data count: the last group is filled up
         with data that do not."""

@@ -8,6 +8,7 @@ an error of the mean of 0.2 posterior sd / sqrt(200) likewise.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -20,12 +21,13 @@ from scipy.optimize import brentq
 from torch import Tensor
 from zoo import EXACT
 
-from pyrometer.inference import SMC, Problem, ProblemError, infer, tempering, why_not
+from pyrometer.inference import SMC, AnnealedImportance, Problem, ProblemError, infer, tempering, why_not
 from pyrometer.inference.density import Density
-from pyrometer.inference.engine import Run, isolated
+from pyrometer.inference.engine import Draws, Run, isolated
 from pyrometer.inference.kernels import streams
 from pyrometer.inference.kernels.metropolis import HMC, RandomWalk
 from pyrometer.inference.kernels.paths import PATHS, begin
+from pyrometer.models import conjugate_gaussian
 
 F64 = torch.float64
 RUNS, LIMIT = 200, 4.9
@@ -220,6 +222,37 @@ def test_data_in_groups_have_the_answer_of_all_at_once(monkeypatch):
     torch.testing.assert_close(parts.log_weights, whole.log_weights, rtol=0, atol=1e-8)
     torch.testing.assert_close(parts.draws["rate"], whole.draws["rate"], rtol=1e-7, atol=1e-8)
     assert parts.cost.gradients < 3 * whole.cost.gradients
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [SMC(num_samples=20), AnnealedImportance(num_samples=8, num_temperatures=10, kernel=HMC(num_steps=2))],
+    ids=lambda engine: engine.name,
+)
+def test_a_density_is_compiled_once_for_many_runs(engine):
+    """As E-steps are: at other parameters and other rows of the data, the answer that a new density would give."""
+    problem = conjugate_gaussian.problem(num_data=9)
+
+    def ran(density: Density, shift: float, rows: Tensor | None) -> Draws:
+        density.set_parameters({name: value + shift for name, value in theta.items()})
+        with density.minibatch(rows) if rows is not None else nullcontext():
+            return engine.run(density, Run(density, np.random.SeedSequence(3)))
+
+    with isolated(0), torch.no_grad(), (density := Density(problem)):
+        theta = density.theta.values()
+        for first, second in (
+            (None, None),
+            (torch.tensor([0, 1, 2]), torch.tensor([8, 3, 5])),
+            (None, torch.arange(9)),
+        ):
+            ran(density, 0.0, first)
+            spent = density.compile_seconds
+            again = ran(density, 0.5, second)
+            assert (density.compile_seconds == spent) == ((first is None) == (second is None))
+            with Density(problem) as new:
+                expected = ran(new, 0.5, second)
+            assert torch.equal(again.log_weights, expected.log_weights)
+            assert all(torch.equal(again.values[name], value) for name, value in expected.values.items())
 
 
 def factored(x: Tensor) -> Problem:

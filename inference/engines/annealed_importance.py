@@ -121,11 +121,11 @@ class AnnealedImportance:
             seed_all(run.child(2).seed)
             pilots = few if PILOT_LEAST <= few <= PILOT_MOST else PILOT
             trial = draw(pilots).reshape(-1, density.dim)
-            bound = Bound(density, pilots, parts, kernel, path, trial)
+            bound = Bound.of(density, pilots, parts, kernel, path, trial)
             tuning = self._tuned(bound, trial, run)
         seed_all(run.child(0).seed)
         u = draw(few).reshape(-1, density.dim)
-        return bound if pilots == few else Bound(density, few, parts, kernel, path, u), u, tuning
+        return bound if pilots == few else Bound.of(density, few, parts, kernel, path, u), u, tuning
 
     def _tuned(self, bound: Bound, u: Tensor, run: Run) -> Tuning:
         key = streams.keys(seed_of(run, 3), bound.lanes.total, u.device)

@@ -2,9 +2,9 @@
 
     log Z = sum_k log sum_s W_s f_k(u_s) / f_{k-1}(u_s),    W_s: the weights carried into step k
 
-At fixed temperatures and kernels the estimate is unbiased on the natural scale; temperatures and step sizes that are
-learned from the particles themselves, as here, leave a bias of order 1 / S. The standard error comes from the families
-of the first generation's particles, E, relative to Z:
+At fixed temperatures and kernels the estimate is unbiased on the natural scale; temperatures, step sizes and numbers
+of moves that are learned from the particles themselves, as here, leave a bias of order 1 / S. The standard error comes
+from the families of the first generation's particles, E, relative to Z:
 
     variance = sum_e (sum_{s: E_s = e} W_s - 1 / S)^2 - sum_r sum_e (change of family e's weight in resampling r)^2
 
@@ -99,7 +99,7 @@ class SMC:
         parts, draw = begin(density, choose(density, self.start))
         seed_all(run.child(0).seed)
         u = draw(self.num_samples).reshape(-1, density.dim)
-        bound = Bound(density, self.num_samples, parts, as_kernel(self, self.kernel), PATHS[self.path], u)
+        bound = Bound.of(density, self.num_samples, parts, as_kernel(self, self.kernel), PATHS[self.path], u)
         return answer(density, *through(bound, u, run, self.plan()))
 
 
