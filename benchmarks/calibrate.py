@@ -127,16 +127,15 @@ def _calls(
     problem: Problem, theta: Mapping[str, Tensor], number: int, seed: int, index: int
 ) -> Iterator[tuple[tuple[int, int, int], _Simulator]]:
     """A simulator for each inference that is to be made, and its seeds, until there are so many replicates."""
-    made: dict[int, _Simulator] = {}
+    simulator: _Simulator | None = None
     left, call = number, 0
     while left > 0:
-        size = min(left, AT_ONCE)
-        if size not in made:
-            made[size] = _Simulator.of_size(problem, theta, size, seed)
+        if simulator is None or simulator.data > left:
+            simulator = _Simulator.of_size(problem, theta, min(left, AT_ONCE), seed)
         names = ("simulate", "infer", "rank")
         a, b, c = (row_seed(seed, what, str(index), str(call)) for what in names)
-        yield (a, b, c), made[size]
-        left -= made[size].data
+        yield (a, b, c), simulator
+        left -= simulator.data
         call += 1
 
 
