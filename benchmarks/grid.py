@@ -214,7 +214,7 @@ def family(name: str) -> Any:
 
 
 def made(name: str, module: Any, settings: Mapping[str, Any]) -> Problem:
-    """A family's problem in these settings. Raises ProblemError where its function fails, or answers with no problem."""
+    """A family's problem in these settings. Raises ProblemError where its function fails, or gives no problem."""
     try:
         problem = module.problem(**settings)
     except ProblemError:

@@ -40,6 +40,12 @@ def preflight(density: Density) -> bool:
         return False
     if not density.vectorised:
         density.notes.append(BATCHED)
+    for name in density.discrete:
+        if density.sites[name].reweighted:
+            density.notes.append(
+                f"discrete site {name!r} is masked or scaled: where it is summed out, the evidence counts what is "
+                "masked, as padding is, once for each of its values"
+            )
     if not density.batch_plates or not couples_data(density, tried):
         return False
     density.notes.append(

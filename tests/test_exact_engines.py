@@ -68,6 +68,7 @@ LONGER: dict[tuple[str, str], dict[str, int]] = {
     ("hmc", "bimodal"): {"num_samples": 4000},
     ("gibbs", "switching"): {"num_samples": 3000},
     ("gibbs", "local_level"): {"num_samples": 3000},
+    ("random walk", "correlated"): {"num_samples": 12_000},
     ("random walk", "local_level"): {"num_samples": 60_000, "warmup_steps": 5000},
     # Z-hat / Z is 1 - 6 / N +- 1.8 / sqrt(N) a run: with N = 400, 64 runs' mean log may be off by 0.05 by chance
     ("smc", "local_level"): {"num_samples": 1600},

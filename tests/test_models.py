@@ -1107,7 +1107,9 @@ def test_a_plug_in_cannot_take_the_name_of_a_family(monkeypatch, tmp_path):
 
 def test_a_file_of_ones_own_is_a_family(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("import dataclasses\n@dataclasses.dataclass\nclass Data:\n    n: int\ndef problem(): return Data(3)")
+    file.write_text(
+        "import dataclasses\n@dataclasses.dataclass\nclass Data:\n    n: int\ndef problem(): return Data(3)"
+    )
     assert models.find(str(file)).problem().n == 3
 
 
