@@ -66,12 +66,12 @@ def pairs(posterior: Posterior, reference: Reference, data: int = DATA, draws: i
     scale = (wy[..., None] * (y - centre).square()).sum(0).sqrt()
     scale = torch.maximum(scale, SMALLEST_SD * centre.abs().clamp(min=1.0))
     x, y = (x - centre) / scale, (y - centre) / scale
-    rule, found = posterior.kind == "weighted" and "ess" not in posterior.diagnostics.figures, []
+    found = []
     for i, datum in enumerate(chosen.tolist()):
         at, wx = fewer(own[:, i], draws, weighted=posterior.log_weights is not None)
         to, w = fewer(wy[:, i], draws, weighted=reference.draw_log_weights is not None)
         where = str([int(k) for k in np.unravel_index(datum, batch)]) if batch else ""
-        found.append(Pair(where, x[at, i], wx, y[to, i], w, rule))
+        found.append(Pair(where, x[at, i], wx, y[to, i], w, posterior.is_rule))
     return found
 
 

@@ -67,7 +67,7 @@ def near_independent(
     if posterior.kind == "weighted":
         weights = posterior.weights().flatten(0, 1).reshape(total, number)
         worth = 1 / weights.square().sum(0)
-        if _is_rule(posterior):  # any number of draws can be made of its points
+        if posterior.is_rule:  # any number of draws can be made of its points
             worth = torch.full_like(worth, math.inf)
         kept = _count(worth, most, most)
         index = torch.multinomial(weights.T, most, replacement=True).T  # (L, data)
@@ -85,14 +85,9 @@ def near_independent(
     return {name: gathered(values.flatten(0, 1), index) for name, values in posterior.draws.items()}, kept
 
 
-def _is_rule(posterior: Posterior) -> bool:
-    """Whether the draws are the weighted points of a rule, without sampling error."""
-    return posterior.kind == "weighted" and "ess" not in posterior.diagnostics.figures
-
-
 def heaviest(posterior: Posterior) -> float:
     """The largest weight among the points of a rule, of the median datum; 0 where they are draws."""
-    return float(posterior.weights().flatten(0, 1).amax(0).median()) if _is_rule(posterior) else 0.0
+    return float(posterior.weights().flatten(0, 1).amax(0).median()) if posterior.is_rule else 0.0
 
 
 def _count(worth: Tensor, most: int, total: int) -> Tensor:

@@ -160,7 +160,7 @@ def effective(posterior: Posterior) -> Tensor | None:
         return torch.as_tensor(figures.get("ess_bulk_per_datum", figures["ess_bulk"])).double()
     if posterior.kind == "iid":
         return torch.tensor(float(posterior.num_chains * posterior.num_samples), dtype=torch.float64)
-    if posterior.kind == "weighted" and "ess" in figures:
+    if posterior.kind == "weighted" and not posterior.is_rule:
         return 1 / posterior.weights().square().sum((0, 1))
     return None
 

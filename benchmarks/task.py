@@ -208,14 +208,8 @@ def _seed(cell: Cell) -> int:
 def thinned(posterior: Posterior, most: int = KEPT) -> Posterior:
     """At most `most` draws of each datum, evenly spaced, with their weights: what pictures need. The points of a rule
     belong together, and stay."""
-    kind, total = posterior.kind, posterior.num_chains * posterior.num_samples
-    every = math.ceil(total / most)
-    rule = (
-        kind == "weighted"
-        and posterior.log_evidence is not None
-        and not {"k_hat", "ess"} & set(posterior.diagnostics.figures)
-    )
-    if every > 1 and not rule:
+    every = math.ceil(posterior.num_chains * posterior.num_samples / most)
+    if every > 1 and not posterior.is_rule:
         shape = (posterior.num_chains, posterior.num_samples)
         posterior = replace(
             posterior,

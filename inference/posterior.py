@@ -157,6 +157,14 @@ class Posterior:
     def num_samples(self) -> int:
         return next(iter(self.draws.values())).shape[1] if self.draws else 0
 
+    @property
+    def is_rule(self) -> bool:
+        """Whether the draws are the weighted points of a rule (every state, a quadrature), without sampling error.
+
+        Exact draws that have weights, since some data have fewer of them, are none.
+        """
+        return self.kind == "weighted" and not {"ess", "num_draws"} & set(self.diagnostics.figures)
+
     def weights(self) -> Tensor:
         """Normalised weights (C, S, *batch): they sum to one over chains and draws, per batch element."""
         self._require_draws()

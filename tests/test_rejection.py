@@ -19,7 +19,8 @@ from ranks import SUSPICIOUS, p_value
 from scipy import stats
 from torch import Tensor
 
-from pyrometer.inference import ImportanceSampling, Problem, ProblemError, RejectionSampling, infer
+from pyrometer.benchmarks.ranks import APART, near_independent
+from pyrometer.inference import Enumeration, ImportanceSampling, Problem, ProblemError, RejectionSampling, infer
 from pyrometer.inference.engines import rejection_sampling
 from pyrometer.models import beta_binomial, bimodal, conjugate_gaussian, gamma_poisson, gaussian_mixture, skewed
 
@@ -263,6 +264,19 @@ def test_a_spent_budget_is_told_and_the_weights_leave_copies_out():
     kept = posterior.draws["p"][0][posterior.log_weights[0] == 0]
     law = stats.beta(6, 9)
     assert_moments((kept - law.mean()) / law.std())
+
+
+def test_a_spent_budget_leaves_draws_and_no_points_of_a_rule():
+    """Copies have weight zero, but what is there was drawn: it is ranked, thinned and compared as draws are."""
+    problem = conjugate_gaussian.problem()
+    posterior = infer(problem, RejectionSampling(num_samples=1000, max_proposals=1000))
+    assert posterior.kind == "weighted"
+    assert not posterior.is_rule
+    assert infer(gaussian_mixture.problem(), Enumeration()).is_rule
+    kept = near_independent(posterior, 1000, [])[1]
+    accepted = (posterior.log_weights[0] > -math.inf).sum(0)
+    assert bool((kept <= (accepted / APART).clamp_min(1)).all())
+    assert bool((kept > accepted / APART - 1.5).all())
 
 
 def test_nothing_accepted_is_a_failed_run():
