@@ -47,8 +47,8 @@ def render_gaps(gaps: Gaps, width: int = 120, ascii_only: bool = False) -> Rende
     """The title, a row of gaps for each fit, its worst data, the notes and the legend."""
     style, notes = style_of(width, ascii_only), Notes()
     words = f"Gaps on the {gaps.judged} data: evidence by {gaps.evaluator}, best member of {gaps.family}"
-    columns = [(name, "right", 15) for name in NAMES]
-    table = table_of(style, words, ("theta by", "left", 26), *columns, ("trust", "left", 8), ("note", "right", 4))
+    columns = [(name, "right", 16) for name in NAMES]
+    table = table_of(style, words, ("theta by", "left", 24), *columns, ("trust", "left", 10), ("note", "right", 4))
     for row in gaps.rows:
         trust = coloured(row.level if row.status.done else state(row.status.state))
         figures = [_gap(row.gaps.get(name), style) for name in NAMES]
@@ -146,7 +146,7 @@ def _worst(gaps: Gaps, style: Style) -> Table:
     table = table_of(
         style,
         "The data of largest inference gap, by index, in nats",
-        ("theta by", "left", 26),
+        ("theta by", "left", 24),
         ("datum", "right", 6),
         *((name, "right", 16) for name in IN_WORST),
     )
