@@ -47,6 +47,7 @@ from pyrometer.inference import (
     why_not,
 )
 from pyrometer.inference.density import Density
+from pyrometer.inference.engines.quadrature import gauss_hermite
 from pyrometer.inference.guides import AutoGuide, make_guide
 from pyrometer.inference.statistics import psis
 from pyrometer.models import conjugate_gaussian, eight_schools, gaussian_mixture, ppca
@@ -215,6 +216,25 @@ def test_quadrature_converges_and_its_error_is_honest(make, tolerance):
         assert float(evidence.std_error) >= 0.1 * errors[-1] - 1e-12
     assert errors[0] > errors[1] > errors[2]
     assert errors[2] < tolerance
+
+
+@pytest.mark.parametrize("count", [1, 2, 16, 300])
+def test_the_rule_is_that_of_gauss_and_hermite(count):
+    nodes, weights = np.polynomial.hermite.hermgauss(count)
+    t, log_w = gauss_hermite(count)
+    np.testing.assert_allclose(t, nodes, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(log_w, np.log(weights) + nodes**2, rtol=0, atol=1e-11)
+
+
+def test_a_rule_has_any_number_of_nodes():
+    """Beyond 370 the polynomials are too large for a float, and beyond 380 some weights too small."""
+    t, log_w = gauss_hermite(900)
+    for power in (0, 2, 8):
+        moment = (np.exp(log_w - t**2) * t**power).sum()
+        assert moment == pytest.approx(math.gamma((power + 1) / 2), rel=1e-12)
+    problem = skewed(1)
+    evidence = infer(problem, Quadrature(num_nodes=900)).log_evidence
+    torch.testing.assert_close(evidence.value, truth_of(problem).log_evidence.value, rtol=0, atol=1e-9)
 
 
 def test_quadrature_sums_discrete_latents_out():
