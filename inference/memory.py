@@ -71,8 +71,9 @@ class Memory:
         sites = self.density.latents
         if len(sites) == 1 and self.density.discrete:
             ((name, site),) = sites.items()
-            single = math.prod(site.inner_shape) == 1 and site.support is not None
-            return _listed(name, values[name], weights, site.support) if single and site.support is not None else None
+            if site.support is None or math.prod(site.inner_shape) != 1:
+                return None
+            return _listed(name, values[name], weights, site.support)
         if self.density.discrete or list(values) != self.density.continuous:
             return None
         shorter = _points(values, weights)
