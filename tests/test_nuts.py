@@ -741,7 +741,8 @@ def test_the_longest_common_part_of_chains_is_kept():
         assert (len(found), cut) == (number, length), lengths
 
 
-def test_progress_is_told_for_each_chain():
+def test_progress_is_told_for_each_chain(monkeypatch):
+    monkeypatch.setattr(rust, "POLL", 0.01)  # looks often, however fast the machine
     told: list[tuple[str, int, int]] = []
     sampled(slowly, how=plan(300, 300), report=lambda *step: told.append(step))
     for chain in range(1, 5):
