@@ -141,6 +141,20 @@ class Density:
         if self._guide_fault is not None:
             raise self._guide_fault
 
+    @property
+    def guide_flaw(self) -> str:
+        """Why log q(z) of the guide's draws is no density of them, in words; '' where it is. A Delta's is one only
+        where it maps auxiliary draws, as many as it has dimensions, and carries the log-Jacobian, as autoguides do."""
+        points = [n for n, s in self.guide_latents.items() if s.point and n in self.continuous]
+        auxiliary = [n for n, s in self.guide_latents.items() if n not in self.latents and not s.point]
+        mapped = sum(math.prod(self.latents[n].unconstrained_shape) for n in points)
+        drawn = sum(math.prod(self.guide_latents[n].shape) for n in auxiliary)
+        if drawn < mapped:
+            return f"the guide gives site {points[0]!r} a point, which has no density"
+        if drawn > mapped:
+            return f"the guide draws the auxiliary site {auxiliary[0]!r}, and log q is not summed over it"
+        return ""
+
     # -- data ----------------------------------------------------------------------------------------------------
 
     @property

@@ -48,12 +48,12 @@ class Guide(Protocol):
 class PairedGuide:
     """The problem's own guide."""
 
-    point = False
-
     def __init__(self, density: Density) -> None:
         density.require_guide()
         self.density = density
         self.tensors = density.phi.tensors
+        self.flaw = density.guide_flaw
+        self.point = bool(density.guide_latents) and all(s.point for s in density.guide_latents.values())
         self.scored = [n for n, s in density.guide_latents.items() if s.discrete or not s.reparameterised]
 
     def draw(self, count: int) -> tuple[Values, Tensor, Tensor | None]:

@@ -21,8 +21,9 @@ BATCHED = (
     "the program cannot be batched over draws (control flow that depends on them, or an operation vmap lacks): slower"
 )
 RANDOM = (
-    "the model draws random numbers outside of its sample sites (dropout, noise, a site hidden by block), so it has no "
-    "density: call model.eval(), or make what is random a sample site."
+    "the model has another log joint when it runs again at the same values, so it has no density: it draws random "
+    "numbers outside of its sample sites (dropout, noise, a site hidden by block: call model.eval(), or make what is "
+    "random a sample site), or alters its data in place, or counts its runs."
 )
 DRAWS = 2  # that a program is tried at
 SAME = 1e-9  # relative: two runs that differ by less were made of the same numbers

@@ -18,7 +18,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Beta, LKJCholesky, biject_to
+from torch.distributions import Beta, Independent, LKJCholesky, MixtureSameFamily, VonMises, biject_to, constraints
 
 from .problem import ProblemError
 
@@ -48,6 +48,7 @@ class Site:
     discrete: bool = False
     support: Tensor | None = None  # of an enumerable site: (k, *event)
     auxiliary: bool = False
+    point: bool = False  # drawn from a Delta
     reparameterised: bool = True
     bounded: bool = False  # a site that has no density somewhere, which its formula may not say
     simulated: bool = False  # an observed site that can be drawn from, and has no density
@@ -99,6 +100,33 @@ class Site:
         value = value.permute([d - event_dim for d in (*order, *dropped)] + list(range(-event_dim, 0)))
         shape = (*value.shape[: len(order)], *value.shape[value.dim() - event_dim :])
         return value.reshape(shape) if dropped else value
+
+
+def support_of(fn: Any) -> Any:
+    """Where a distribution has its values, where torch says something else that no map is known for or that is wrong.
+
+    An angle lies between -pi and pi: torch says the reals, on which its density goes round and round, without end.
+    What mixes components that all lie in one set lies there too.
+    """
+    inner = fn
+    while isinstance(inner, Independent | MaskedDistribution):
+        inner = inner.base_dist
+    if isinstance(inner, VonMises):
+        support: Any = constraints.interval(-math.pi, math.pi)
+    elif isinstance(inner, MixtureSameFamily) and is_fixed(inner.component_distribution.support):
+        support = inner.component_distribution.support
+    else:
+        return fn.support
+    further = fn.event_dim - support.event_dim
+    return constraints.independent(support, further) if further else support
+
+
+def is_fixed(support: Any) -> bool:
+    """Whether a continuous support is the same whatever the distribution's parameters."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    fixed = (constraints.real, constraints.real_vector, constraints.positive, constraints.unit_interval)
+    return any(support is c for c in (*fixed, constraints.nonnegative, constraints.simplex))
 
 
 SOMETIMES = "site {!r} appears in some runs of the program only; the sites must always be the same."
@@ -167,7 +195,7 @@ class Scribe(Messenger):
             return
         value = self.given[name]
         if name in self.transformed:
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             unconstrained, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(unconstrained, value)
             self.reading.log_jacobian = self.reading.log_jacobian + self._per_element(jacobian, self.sites[name])
@@ -197,7 +225,7 @@ class Scribe(Messenger):
         raw = fn.log_prob(value)
         if site.bounded and name in self.given and name not in self.transformed:
             # formulas go on outside of the support, where there is no density
-            raw = torch.where(fn.support.check(value), raw, -math.inf)
+            raw = torch.where(support_of(fn).check(value), raw, -math.inf)
         log_prob = scale_and_mask(raw, msg["scale"], msg["mask"])
         if log_prob.dim() < len(fn.batch_shape):
             log_prob = log_prob.expand(fn.batch_shape)
@@ -212,7 +240,7 @@ class Scribe(Messenger):
             if "values" in self.want:
                 self.reading.values[name] = site.to_own(value, site.event_dim)
             if "unconstrained" in self.want and not site.discrete:
-                unconstrained = biject_to(fn.support).inv(value)
+                unconstrained = biject_to(support_of(fn)).inv(value)
                 self.reading.unconstrained[name] = site.to_own(unconstrained, site.unconstrained_event_dim)
         else:
             self.reading.log_likelihood = self.reading.log_likelihood + self._per_element(log_prob, site)

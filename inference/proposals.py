@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
 from .density import Density, Values
 from .engine import EngineError, Run
@@ -24,6 +25,7 @@ from .laplace import GaussianFit, laplace, moments, student_t, student_t_log_den
 from .learning import flat_draws
 from .posterior import Posterior
 from .problem import ProblemError
+from .program import is_fixed
 from .registry import as_engine
 from .settings import options
 
@@ -60,6 +62,8 @@ def why_not_propose(density: Density, proposal: Any) -> str:
     proposal = settled(density, proposal)
     if proposal == "guide":
         density.require_guide()
+        if density.guide_flaw:
+            return density.guide_flaw
         missing = [n for n in density.latents if n not in density.guide_sites]
         unlisted = [n for n in missing if n in density.unlisted]
         if unlisted:
@@ -119,7 +123,27 @@ def refuse_undefined(log_weights: Tensor) -> None:
 
 def settled(density: Density, proposal: Any) -> Any:
     """The setting, settled where no trial is needed: 'auto' is the learned guide where there is one."""
-    return "guide" if isinstance(proposal, str) and proposal == "auto" and density.guide_ready else proposal
+    return "guide" if isinstance(proposal, str) and proposal == "auto" and _serves(density) else proposal
+
+
+def _narrow(density: Density) -> tuple[str, ...]:
+    """The sites that the guide draws from a part of the model's support alone: weights cannot tell of the rest."""
+    found = []
+    for name, site in density.guide_latents.items():
+        if name not in density.continuous or site.point or not is_fixed(density.latents[name].domain):
+            continue
+        there = density.latents[name]
+        u = torch.linspace(-8.0, 8.0, 33, dtype=density.dtype, device=density.device)
+        u = u.reshape(-1, *[1] * len(there.unconstrained_shape)).expand(-1, *there.unconstrained_shape)
+        if not bool(site.domain.check(biject_to(there.domain)(u)).all()):
+            found.append(
+                f"the guide draws site {name!r} from a part of its support alone, and misses what lies outside"
+            )
+    return tuple(found)
+
+
+def _serves(density: Density) -> bool:
+    return density.guide_ready and not density.guide_flaw
 
 
 def ready(proposal: Any, density: Density, run: Run, degrees: float) -> Proposal:
@@ -127,7 +151,7 @@ def ready(proposal: Any, density: Density, run: Run, degrees: float) -> Proposal
     if isinstance(proposal, str) and proposal == "prior":
         return _prior(density)
     if isinstance(proposal, str) and proposal == "guide":
-        return _guide(density, PairedGuide(density))
+        return _guide(density, PairedGuide(density))._replace(alarms=_narrow(density))
     if isinstance(proposal, str):
         with run.tuning():
             fit = laplace(density)

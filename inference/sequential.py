@@ -29,7 +29,7 @@ from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
 from .posterior import gathered
-from .program import SOMETIMES, Scribe, Site, lift_mask
+from .program import SOMETIMES, Scribe, Site, lift_mask, support_of
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class Filter(Messenger):
         name: str = msg["name"]
         site = _site(self.sites, name)
         if name in self.given:
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             u = site.to_pyro(self.given[name], site.unconstrained_event_dim)
             msg["value"] = transform(u)
             own = site.to_own(msg["value"], site.event_dim)

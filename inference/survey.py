@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import pyro
 import torch
+from pyro.distributions import Delta
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -17,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from .parameters import Parameters, find_parameters
 from .problem import Problem, ProblemError
-from .program import Plate, Site, lift_mask
+from .program import Plate, Site, lift_mask, support_of
 
 
 @dataclass(frozen=True)
@@ -192,7 +193,7 @@ class Survey(Messenger):
                 raise ProblemError(f"site {msg['name']!r}: the observed value is a {kind}; make it a torch.Tensor.")
             return
         if msg["value"] is None and _is_improper(msg["fn"]):
-            transform = biject_to(msg["fn"].support)
+            transform = biject_to(support_of(msg["fn"]))
             shape = transform.inverse_shape(msg["fn"].shape())
             msg["value"] = transform(torch.zeros(shape))
 
@@ -224,6 +225,12 @@ def _is_reweighted(msg: Message) -> bool:
     return not (mask is None or (mask if isinstance(mask, bool) else bool(mask.all()))) or not (
         isinstance(scale, int | float) and scale == 1
     )
+
+
+def _is_point(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, Delta)
 
 
 def _is_improper(fn: Any) -> bool:
@@ -262,14 +269,15 @@ def _describe(name: str, msg: Message) -> Site:
     described: dict[str, Any] = {}
     if not discrete:
         try:
-            transform = biject_to(fn.support)
+            transform = biject_to(support_of(fn))
         except NotImplementedError:
             raise ProblemError(
-                f"site {name!r}: torch knows no map onto the support of {type(fn).__name__}, {fn.support}; write it as "
-                "a discrete choice and what is drawn given it, or give the distribution a support that is known."
+                f"site {name!r}: torch knows no map onto the support of {type(fn).__name__}, {fn.support}; write it by "
+                "latents whose support is known (a covariance by LKJCholesky and scales, a mixture as a discrete "
+                "choice and what is drawn given it), or as a deterministic function of such."
             ) from None
-        described["bounded"] = not _is_real(fn.support)
-        described["domain"] = fn.support
+        described["bounded"] = not _is_real(support_of(fn))
+        described["domain"] = support_of(fn)
         described["unconstrained_shape"] = tuple(transform.inverse_shape(value.shape))
         described["unconstrained_event_dim"] = fn.event_dim - (
             transform.codomain.event_dim - transform.domain.event_dim
@@ -286,6 +294,7 @@ def _describe(name: str, msg: Message) -> Site:
         discrete=discrete,
         support=support,
         auxiliary=bool(infer.get("is_auxiliary")),
+        point=_is_point(fn),
         reparameterised=bool(fn.has_rsample),
         **described,
     )

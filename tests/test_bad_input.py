@@ -821,11 +821,11 @@ def test_a_row_of_a_comparison_says_why_an_engine_did_not_run(worked):
 
 
 def test_a_latent_whose_support_has_no_map_is_named():
-    """The support of a mixture is known to torch by its components only."""
+    """The components of this mixture have supports of their own."""
 
     def model():
         mixing = dist.Categorical(torch.tensor([0.5, 0.5]))
-        pyro.sample("z", dist.MixtureSameFamily(mixing, dist.Normal(torch.tensor([-1.0, 1.0]), 1.0)))
+        pyro.sample("z", dist.MixtureSameFamily(mixing, dist.Uniform(torch.tensor([-1.0, 1.0]), 2.0)))
 
     with pytest.raises(ProblemError, match="site 'z': torch knows no map onto the support of MixtureSameFamily"):
         infer(Problem(model), NUTS())

@@ -123,6 +123,8 @@ class SVI:
             )
         if self.objective == "enumerated":
             return _unlisted(density, family)
+        if self.objective not in LINEAR and family is None and density.guide_flaw:
+            return f"objective={self.objective!r} weighs draws, and {density.guide_flaw}: use 'elbo'"
         if self.objective not in PATHWISE or family is not None:
             return ""
         if not density.guide_latents:
@@ -220,6 +222,9 @@ def guide_draws(density: Density, guide: Guide, count: int, notes: tuple[str, ..
     values = density.complete(z)
     if guide.point:
         return Draws(as_chain(values), "point", state=guide.state(), notes=notes)
+    if flaw := getattr(guide, "flaw", ""):
+        unknown = f"{flaw}: there is no bound of the evidence, and no weight to judge the draws by"
+        return Draws(as_chain(values), "iid", state=guide.state(), notes=notes, unknown=unknown)
     log_ratio = (density.log_joint(z) - log_q).double()
     error = log_ratio.std(0) / math.sqrt(count) if count > 1 else torch.full_like(log_ratio[0], math.inf)
     return Draws(

@@ -73,6 +73,8 @@ def why_not_start(density: Density, start: str) -> str:
 
 
 def _guide_fault(density: Density) -> str:
+    if density.guide_flaw:
+        return density.guide_flaw
     missing = [n for n in density.continuous if n not in density.guide_latents]
     if missing:
         return f"the guide does not propose site {missing[0]!r}"

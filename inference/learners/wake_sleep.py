@@ -73,6 +73,8 @@ class WakeSleep:
         if density.problem.guide is None:
             return "wake-sleep trains the problem's own guide and there is none: pass guide=... to Problem"
         density.require_guide()
+        if density.guide_flaw:
+            return density.guide_flaw
         if self.batch_size is not None:
             check_minibatch(density, self.batch_size)
             if not density.batch_plates:
