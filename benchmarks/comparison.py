@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyrometer.inference import Posterior, Problem, ProblemError, infer
+from pyrometer.inference.chains import INTERRUPTED
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated, why_not
 from pyrometer.inference.learn import Fit
@@ -130,10 +131,17 @@ def compare(
     several, or a dict from labels of your own to these. What cannot run or fails is a row that says why. The random
     numbers of a row depend on `seed`, its learner and its engine alone: neither on the order nor on the other rows.
     Raises ProblemError, before anything runs, for an unknown name, a method named twice, nothing to run, or an
-    unusable problem, setting or seed.
+    unusable problem, setting or seed. Ctrl-C ends it with the rows that are there, if any are (`complete` is False).
     """
     steps = judge(problem, engines, learn=learn, seed=seed, progress=progress, device=device)
-    return gather(problem, steps, seed=seed)
+    found: list[Theta | Row] = []
+    try:
+        found.extend(steps)
+    except KeyboardInterrupt:
+        if not any(isinstance(step, Row) for step in found):
+            raise
+        return gather(problem, found, seed=seed, complete=False)
+    return gather(problem, found, seed=seed)
 
 
 def gather(
@@ -168,7 +176,8 @@ def judge(
 
     `on` is the problem that the engines are judged on, where it is not the one learned from (fewer data, say).
     `announce` is told what runs next, `fits` collects what was learned, by learner; `every` takes all the metrics there
-    are. Raises ProblemError at the call, before the first result is asked for.
+    are. Raises ProblemError at the call, before the first result is asked for, and KeyboardInterrupt on Ctrl-C, after
+    the row of an engine that keeps the draws it has.
     """
     chosen = engines_from(engines)
     check_problem(problem)
@@ -210,7 +219,10 @@ def judge(
                     yield replace(row, status=Status("unsupported", refusals[name]))
                 else:
                     announce(name + (f" at the theta of {learner_name}" if learner_name else ""))
-                    yield _judged(target, row, engine, parameters, reference, progress, device, every)
+                    judged_row = _judged(target, row, engine, parameters, reference, progress, device, every)
+                    yield judged_row
+                    if any(note.startswith(INTERRUPTED) for note in judged_row.notes):
+                        raise KeyboardInterrupt  # which the engine kept to itself, for the sake of its draws
 
     return run()
 

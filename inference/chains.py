@@ -122,11 +122,14 @@ def most_together(lengths: Sequence[int]) -> int:
     return max(set(lengths), key=lambda n: (n * sum(m >= n for m in lengths), n))
 
 
+INTERRUPTED = "interrupted: "  # how the note of an answer begins that Ctrl-C cut short
+
+
 def cut_short(chains: int, asked: int, draws: int, num_samples: int) -> list[str]:
     if (chains, draws) == (asked, num_samples):
         return []
     part = f"{chains} of {asked} chains, " if chains < asked else ""
-    return [f"interrupted: {part}{draws} of {num_samples} draws of each are there"]
+    return [f"{INTERRUPTED}{part}{draws} of {num_samples} draws of each are there"]
 
 
 def stuck(lp: Tensor) -> list[str]:

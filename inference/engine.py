@@ -329,10 +329,16 @@ def as_chain(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def isolated(seed: int, device: torch.device | str | None = None) -> Iterator[None]:
     """Seed every generator for the run and give the global ones back as they were.
 
-    Raises `ProblemError` on a seed that is none, or a device that is not there.
+    Raises `ProblemError` on a seed that is none, a device that is not there, or where torch makes tensors elsewhere
+    than on the CPU unasked: draws and figures live there, whatever device computes.
     """
     if isinstance(seed, bool) or not isinstance(seed, numbers.Integral) or not 0 <= int(seed) < 2**64:
         raise ProblemError(f"seed = {seed!r}: expected a whole number from 0 to 2**64 - 1.")
+    if (default := torch.get_default_device()).type != "cpu":
+        raise ProblemError(
+            f"torch's default device is {str(default)!r}: set it back by torch.set_default_device('cpu'), and say "
+            f"device={str(default)!r} instead."
+        )
     states = random.getstate(), np.random.get_state()
     devices = _cuda_devices(device)
     with torch.random.fork_rng(devices=devices):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .density import Density
 from .problem import ProblemError
-from .program import SOMETIMES, Site
+from .program import SOMETIMES
 from .rolled import Group, RollError, rolled
 
 CYCLE = 3  # neighbours in time have dimensions of their own, and so has the one before them, to see that it is not used
@@ -53,7 +53,7 @@ class _Laid(Messenger):
         name: str = msg["name"]
         if name not in self.sites:
             raise ProblemError(SOMETIMES.format(name))
-        support = _states(self.sites[name], self.dtype)
+        support = self.sites[name].values(self.dtype)
         self.order.append(name)
         left = -self.dim(len(self.order) - 1) - 1
         msg["value"] = support.reshape(len(support), *[1] * left, *support.shape[1:])
@@ -65,12 +65,6 @@ class _Laid(Messenger):
         value = scale_and_mask(fn.log_prob(msg["value"]), msg["scale"], msg["mask"])
         value = value.expand(torch.broadcast_shapes(value.shape, fn.batch_shape))
         self.terms.append((max(0, len(self.order) - 1), msg["name"], value))
-
-
-def _states(site: Site, dtype: torch.dtype) -> Tensor:
-    """The states of a latent, (k, *event), in the precision of the run: they were listed in the user's own."""
-    assert site.support is not None
-    return site.support.to(dtype) if site.support.is_floating_point() else site.support
 
 
 @dataclass(frozen=True, eq=False)
@@ -274,7 +268,7 @@ class Chain:
         """Values, site -> (S, *batch, *own), as state numbers (S, N, T)."""
         columns = []
         for name in self.sites:
-            support, value = _states(self.density.latents[name], self.density.dtype), values[name]
+            support, value = self.density.latents[name].values(self.density.dtype), values[name]
             listed, rows = support.reshape(self.states, -1), value.reshape(len(value), -1, 1, support[0].numel())
             columns.append((rows == listed).all(-1).long().argmax(-1))
         return torch.stack(columns, 2)
@@ -284,7 +278,7 @@ class Chain:
         found, batch = {}, tuple(self.density.batch_shape)
         for t, name in enumerate(self.sites):
             site = self.density.latents[name]
-            value = _states(site, self.density.dtype)[paths[:, :, t]]
+            value = site.values(self.density.dtype)[paths[:, :, t]]
             found[name] = value.reshape(len(paths), *batch, *site.inner_shape, *value.shape[2:])
         return found
 

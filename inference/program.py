@@ -58,6 +58,11 @@ class Site:
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
 
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """The values of an enumerable site, (k, *event), in the precision of a run: they were listed in the user's."""
+        assert self.support is not None
+        return self.support.to(dtype) if self.support.is_floating_point() else self.support
+
     def shape_of(self, fn: Any, value: Tensor) -> torch.Size:
         """The shape that an observed value has once it is broadcast against its distribution."""
         batch = torch.broadcast_shapes(fn.batch_shape, value.shape[: value.dim() - self.event_dim])

@@ -27,7 +27,8 @@ from pyrometer.benchmarks.metrics import (
     total_variation,
 )
 from pyrometer.inference import EM, ML, NUTS, SVI, Enumeration, Posterior, Problem, ProblemError
-from pyrometer.inference.engine import Draws, EngineError
+from pyrometer.inference.chains import cut_short
+from pyrometer.inference.engine import Draws, EngineError, as_chain
 from pyrometer.inference.learning import Learned, TrailWriter
 from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
@@ -325,6 +326,29 @@ def test_a_run_that_is_ended_keeps_what_was_ready(problem):
     with pytest.raises(KeyboardInterrupt):
         found.extend(judge(problem, {"first": Known(num_samples=10), "second": Interrupted()}))
     assert [type(step) for step in found] == [Theta, Row]
+
+
+@settings
+class CutShort:
+    """Ctrl-C during the run of an engine that keeps the draws it has."""
+
+    name: ClassVar[str] = "cut_short"
+
+    def supports(self, density):
+        return ""
+
+    def run(self, density, run):
+        return Draws(as_chain(density.prior(20).values), "mcmc", notes=tuple(cut_short(1, 1, 20, 1000)))
+
+
+@pytest.mark.parametrize("second", ["CutShort", "Interrupted"])
+def test_ctrl_c_ends_a_comparison_with_the_rows_that_are_there(problem, second):
+    engines = {"first": Known(num_samples=10), "second": globals()[second](), "third": Known(num_samples=10)}
+    comparison = compare(problem, engines)
+    assert not comparison.complete
+    assert [row.engine for row in comparison.rows] == ["first", "second"][: 2 if second == "CutShort" else 1]
+    with pytest.raises(KeyboardInterrupt):
+        compare(problem, {"only": Interrupted()})
 
 
 @settings

@@ -19,6 +19,7 @@ from pyrometer.inference import (
     SMC,
     SVI,
     AnnealedImportance,
+    Enumeration,
     ImportanceSampling,
     Problem,
     ProblemError,
@@ -188,3 +189,25 @@ def test_data_that_the_model_alters_in_place_are_named_among_the_reasons():
 
     with pytest.raises(ProblemError, match="alters its data in place"):
         infer(Problem(model, args=(torch.tensor(1.0),)), NUTS())
+
+
+def test_torchs_default_device_is_asked_to_stay_the_cpu():
+    problem = Problem(share, args=(torch.tensor(1.0),))
+    with pytest.raises(ProblemError, match=r"set it back by torch\.set_default_device"), torch.device("meta"):
+        infer(problem, NUTS())
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64])
+def test_listed_values_have_the_precision_of_the_run(default):
+    def model(x):
+        pyro.sample("x", dist.Normal(pyro.sample("z", dist.Bernoulli(0.3)), 1.0), obs=x)
+
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        posterior = infer(Problem(model, args=(X,)), Enumeration(), seed=1)
+    finally:
+        torch.set_default_dtype(before)
+    assert posterior.draws["z"].dtype == torch.float64
+    odds = 0.3 / 0.7 * math.exp(2.5 - 0.5)
+    assert float(posterior.mean("z")) == pytest.approx(odds / (1 + odds), abs=1e-6)

@@ -70,10 +70,10 @@ def every_value(density: Density) -> dict[str, Tensor]:
     digits.reverse()
     values, batch = dict[str, Tensor](), tuple(density.batch_shape)
     for name, site in density.latents.items():
-        assert site.support is not None
+        support = site.values(density.dtype)
         shape, m = site.inner_shape, math.prod(site.inner_shape)
         chosen, digits = digits[:m], digits[m:]
-        table = torch.stack([site.support[d.to(site.support.device)] for d in chosen], 1)  # (K, m, *event)
+        table = torch.stack([support[d.to(support.device)] for d in chosen], 1)  # (K, m, *event)
         table = table.reshape((count, *shape, *table.shape[2:]))
         ones = (1,) * len(batch)
         values[name] = table.reshape((count, *ones, *table.shape[1:])).expand((count, *batch, *table.shape[1:]))
