@@ -24,7 +24,6 @@ from .kernels import adaptation, streams
 from .kernels.adaptation import Warmup
 from .kernels.metropolis import Kernel, Moved, Point, only
 from .lanes import Lanes
-from .program import Scribe
 
 FARTHEST = 64.0  # steps of a walk over whole numbers
 
@@ -210,7 +209,7 @@ class Within:
             reading = density.read({**values, **self.layout.given(values[""])}, self.names, TERMS)
             total: Any = reading.log_jacobian
             for term in self.terms:
-                total = total + Scribe._per_element(reading.terms[term], density.sites[term])
+                total = total + density.sites[term].per_element(reading.terms[term])
             return total.expand(batch)
 
         others = {n: v for n, v in self.state.items() if n not in self.names}

@@ -8,6 +8,9 @@ The batch is the plate (or plates) that holds every latent and every observation
 program. With a global latent outside it the batch is (). Samples are batched by vmap, so a program needs no extra
 dimension in mind. Discrete latents that are not given are summed out exactly.
 
+What a mask leaves out of a latent and moves nothing else, as padding does, is no part of the answer: sums over labels
+count it once, u has the prior there, and values leave it out, as masks of the guide do.
+
 Every density also takes constrained values, site -> (*sample, *batch, *event), and then leaves the Jacobian out.
 """
 
@@ -112,6 +115,22 @@ class Density:
         self.continuous, self.discrete, self.unlisted = layout.continuous, layout.discrete, layout.unlisted
         self.simulated = [n for n, s in layout.sites.items() if s.simulated]  # what has no density: for ABC
         self.dim = layout.dim
+
+    def leave_out(self, padded: Collection[str]) -> None:
+        """From here on what the masks of these latents leave out is padding. A guide must mask it too."""
+        if not padded:
+            return
+        self._lay_out(self.layout.leaving_out(padded))
+        for name, site in self.guide_latents.items():
+            if name in padded and not site.point and site.reaches_beyond(self.latents[name]) and not self._guide_fault:
+                self._guide_fault = ProblemError(
+                    f"guide site {name!r} has a density where the model's is masked, as padding is: sample it under "
+                    "the same mask, or name an autoguide (SVI(guide='AutoNormal'))."
+                )
+
+    def log_idle(self) -> Tensor:
+        """What a sum over the values of all discrete latents counts too much, (*batch): `OneDraw.log_idle`."""
+        return self._one.log_idle(self.discrete)
 
     def __enter__(self) -> Density:
         self._loan.__enter__()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,6 +35,11 @@ class Layout:
     def only(self, names: Iterable[str]) -> Layout:
         """The layout of these sites alone, one after another."""
         return Layout({n: self.sites[n] for n in names}, {}, self.batch_plates)
+
+    def leaving_out(self, padded: Collection[str]) -> Layout:
+        """The same, where what these latents' masks leave out is padding."""
+        sites = {n: replace(s, padded=n in padded) for n, s in self.sites.items()}
+        return Layout(sites, self.guide_sites, self.batch_plates)
 
     @cached_property
     def latents(self) -> dict[str, Site]:

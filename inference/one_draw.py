@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import math
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -130,7 +131,24 @@ class OneDraw:
             if not observed and site.role != "latent" and name in trace.nodes:
                 trace.remove_node(name)
         scaled = (minibatch.plate.name, minibatch.scale) if minibatch else None
-        return sum_out(trace, [p.name for p in self.layout.batch_plates], scaled), scribe.reading.log_jacobian
+        total = sum_out(trace, [p.name for p in self.layout.batch_plates], scaled)
+        idle = self.log_idle(n for n in self.layout.discrete if n not in given)
+        return total - idle.to(total), scribe.reading.log_jacobian
+
+    def log_idle(self, names: Iterable[str]) -> Tensor:
+        """What a sum over the values of these discrete latents counts too much, (*batch): padding has no say, and so
+        counts once, not once for each of its values."""
+        total: Any = 0.0
+        for name in names:
+            site, minibatch = self.layout.sites[name], self.rows.minibatch
+            if site.mask is None or site.support is None or not site.padded:
+                continue
+            idle = (~site.mask.expand(site.shape)).double()
+            idle = idle.flatten(idle.dim() - site.event_dim)[..., 0] if site.event_dim else idle
+            if minibatch is not None and minibatch.plate in site.plates:
+                idle = idle.index_select(minibatch.plate.dim, minibatch.rows.to(idle.device)) * minibatch.scale
+            total = total + site.per_element(idle) * math.log(len(site.support))
+        return self._filled(total)
 
     def _filled(self, value: Any) -> Tensor:
         """A per-element figure, as a tensor of the batch's shape even where no site added to it."""

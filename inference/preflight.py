@@ -27,6 +27,7 @@ RANDOM = (
 )
 DRAWS = 2  # that a program is tried at
 SAME = 1e-9  # relative: two runs that differ by less were made of the same numbers
+FEW = 8  # masked latents that are looked at one by one
 REPEATS = 3  # of a run that moved a generator, say for a parameter's first value that is not used
 
 
@@ -41,12 +42,7 @@ def preflight(density: Density) -> bool:
         return False
     if not density.vectorised:
         density.notes.append(BATCHED)
-    for name in density.discrete:
-        if density.sites[name].reweighted:
-            density.notes.append(
-                f"discrete site {name!r} is masked or scaled: where it is summed out, the evidence counts what is "
-                "masked, as padding is, once for each of its values"
-            )
+    density.leave_out(_padding(density, tried))
     if not density.batch_plates or not couples_data(density, tried):
         return False
     density.notes.append(
@@ -136,6 +132,35 @@ def _generators() -> tuple[Any, ...]:
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
     return torch.allclose(one, other, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def _padding(density: Density, tried: Tried) -> list[str]:
+    """The latents whose masked entries move nothing, as padding of sequences that end early, masked throughout.
+
+    All are moved together; where that shows, one by one, if they are few."""
+    masked = [n for n, s in density.latents.items() if s.mask is not None and not s.scaled]
+    if not masked or _idle(density, tried, masked):
+        return masked
+    return [n for n in masked if _idle(density, tried, [n])] if len(masked) <= FEW else []
+
+
+def _idle(density: Density, tried: Tried, names: list[str]) -> bool:
+    """Whether the masked entries of these latents can take other values, and the log joint does not change: those of
+    another draw and, where they can be listed, the first and the last there are."""
+    for other in (None, 0, -1):
+        moved = {}
+        for name in names:
+            site, value = density.latents[name], tried.values[name]
+            assert site.mask is not None
+            mask = site.to_own(site.mask.to(value.device).expand(site.shape), site.event_dim)
+            if other is None or site.support is None:
+                new = value.roll(1, 0)
+            else:
+                new = site.values(density.dtype)[other].to(value)
+            moved[name] = torch.where(mask, value, new)
+        if not _close(tried.log_joint, density.log_joint({**tried.values, **moved}), SAME):
+            return False
+    return True
 
 
 def couples_data(density: Density, tried: Tried) -> bool:

@@ -52,11 +52,30 @@ class Site:
     reparameterised: bool = True
     bounded: bool = False  # a site that has no density somewhere, which its formula may not say
     simulated: bool = False  # an observed site that can be drawn from, and has no density
-    reweighted: bool = False  # masked or scaled: its draws are not what its density says
+    scaled: bool = False  # by a handler: its draws are not what its density says
+    mask: Tensor | None = None  # where it has its density, against the value as Pyro lays it out; None: everywhere
+    padded: bool = False  # what its mask leaves out moves nothing else: padding, which is no part of the answer
     domain: Any = None  # of a continuous site: the constraint that its values satisfy
     unconstrained_event_dim: int = 0
     unconstrained_shape: tuple[int, ...] = ()
     batch: tuple[int, ...] = ()  # dims of the batch plates, left to right
+
+    @property
+    def reweighted(self) -> bool:
+        """Whether its draws are not what its density says, and that matters."""
+        return self.scaled or (self.mask is not None and not self.padded)
+
+    def reaches_beyond(self, other: Site) -> bool:
+        """Whether it has a density somewhere where the mask of a site of the same shape leaves that out."""
+        here, there = (torch.tensor(True) if m is None else m for m in (self.mask, other.mask))
+        return bool((here & ~there.to(here.device)).any())
+
+    def per_element(self, log_prob: Tensor) -> Tensor:
+        """A (*plates) tensor summed over all but the batch plates."""
+        if not self.batch:
+            return log_prob.sum()
+        dims = [d for d in range(-log_prob.dim(), 0) if d not in self.batch]
+        return log_prob.sum(dims) if dims else log_prob
 
     def values(self, dtype: torch.dtype) -> Tensor:
         """The values of an enumerable site, (k, *event), in the precision of a run: they were listed in the user's."""
@@ -200,10 +219,13 @@ class Scribe(Messenger):
             return
         value = self.given[name]
         if name in self.transformed:
+            if self.sites[name].padded:
+                # padding has its prior where latents move: they would wander off without
+                msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
             transform = biject_to(support_of(msg["fn"]))
             unconstrained, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(unconstrained, value)
-            self.reading.log_jacobian = self.reading.log_jacobian + self._per_element(jacobian, self.sites[name])
+            self.reading.log_jacobian = self.reading.log_jacobian + self.sites[name].per_element(jacobian)
         msg["value"] = value
 
     def _postprocess_message(self, msg: Message) -> None:
@@ -237,18 +259,18 @@ class Scribe(Messenger):
         if "terms" in self.want:
             self.reading.terms[name] = log_prob
         if site.role == "latent":
-            per_element = self._per_element(log_prob, site)
+            per_element = site.per_element(log_prob)
             self.reading.log_prior = self.reading.log_prior + per_element
             if name not in self.given and not fn.has_rsample:
                 # the draw came from fn itself, so its score carries neither a minibatch's scale nor a mask
-                self.reading.log_score = self.reading.log_score + self._per_element(raw.expand(log_prob.shape), site)
+                self.reading.log_score = self.reading.log_score + site.per_element(raw.expand(log_prob.shape))
             if "values" in self.want:
                 self.reading.values[name] = site.to_own(value, site.event_dim)
             if "unconstrained" in self.want and not site.discrete:
                 unconstrained = biject_to(support_of(fn)).inv(value)
                 self.reading.unconstrained[name] = site.to_own(unconstrained, site.unconstrained_event_dim)
         else:
-            self.reading.log_likelihood = self.reading.log_likelihood + self._per_element(log_prob, site)
+            self.reading.log_likelihood = self.reading.log_likelihood + site.per_element(log_prob)
             if "values" in self.want and site.role == "observed":
                 self.reading.values[name] = site.to_own(value.expand(site.shape_of(fn, value)), site.event_dim)
             if "pointwise" in self.want and site.role == "observed":
@@ -262,14 +284,6 @@ class Scribe(Messenger):
             if frame.name == plate.name:
                 return msg["scale"] * (wanted * frame.size / frame.full_size)
         return msg["scale"]
-
-    @staticmethod
-    def _per_element(log_prob: Tensor, site: Site) -> Tensor:
-        """Sum a (*plates) tensor over all but the batch plates."""
-        if not site.batch:
-            return log_prob.sum()
-        dims = [d for d in range(-log_prob.dim(), 0) if d not in site.batch]
-        return log_prob.sum(dims) if dims else log_prob
 
 
 class Unobserved(Messenger):
@@ -295,6 +309,15 @@ def lift_mask(msg: Message) -> None:
         outer: Any = msg["mask"]
         msg["mask"] = fn._mask if outer is None else outer & fn._mask
         fn = msg["fn"] = fn.base_dist
+
+
+def unmasked(fn: Any) -> Any:
+    """The distribution that a masked one draws from, with masks inside of its events taken off as well."""
+    if isinstance(fn, MaskedDistribution):
+        return unmasked(fn.base_dist)
+    if isinstance(fn, Independent) and fn.reinterpreted_batch_ndims:
+        return unmasked(fn.base_dist).to_event(fn.reinterpreted_batch_ndims)
+    return fn
 
 
 def _draw_lkj(fn: Any) -> Tensor:

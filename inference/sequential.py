@@ -29,7 +29,7 @@ from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
 from .posterior import gathered
-from .program import SOMETIMES, Scribe, Site, lift_mask, support_of
+from .program import SOMETIMES, Site, lift_mask, support_of, unmasked
 
 
 @dataclass(frozen=True)
@@ -116,17 +116,19 @@ class Filter(Messenger):
         name: str = msg["name"]
         site = _site(self.sites, name)
         if name in self.given:
+            if site.padded:
+                msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
             transform = biject_to(support_of(msg["fn"]))
             u = site.to_pyro(self.given[name], site.unconstrained_event_dim)
             msg["value"] = transform(u)
             own = site.to_own(msg["value"], site.event_dim)
             across(partial(self._fix, name), own, self.lane)
-            self.jacobian = Scribe._per_element(transform.log_abs_det_jacobian(u, msg["value"]), site)
+            self.jacobian = site.per_element(transform.log_abs_det_jacobian(u, msg["value"]))
             return
         fn = self.proposals.get(name, msg["fn"])
         msg["value"] = _drawn(fn, name, site, self.cloud, self.lineage, self.lane)
         if fn is not msg["fn"]:
-            self.increment = self.increment - Scribe._per_element(fn.log_prob(msg["value"]), site)
+            self.increment = self.increment - _of_draw(fn, site, msg)
 
     def _postprocess_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg):
@@ -135,10 +137,9 @@ class Filter(Messenger):
         site, fn = _site(self.sites, name), msg["fn"]
         if site.role == "deterministic":
             return
-        raw = fn.log_prob(msg["value"])
-        log_prob = scale_and_mask(raw, msg["scale"], msg["mask"])
+        log_prob = scale_and_mask(fn.log_prob(msg["value"]), msg["scale"], msg["mask"])
         log_prob = log_prob.expand(torch.broadcast_shapes(log_prob.shape, fn.batch_shape))
-        element = Scribe._per_element(log_prob, site)
+        element = site.per_element(log_prob)
         if name in self.given:
             self.log_given = self.log_given + element + self.jacobian
             return
@@ -148,8 +149,8 @@ class Filter(Messenger):
             self.terms.append(Term(name, entry))
         if site.role != "latent" or name in self.proposals:
             self.increment = self.increment + element
-        elif log_prob is not raw:  # drawn from fn itself, which knows of no scale or mask
-            self.increment = self.increment + element - Scribe._per_element(raw.expand(log_prob.shape), site)
+        elif site.reweighted:  # drawn from fn itself, which knows of no scale or mask
+            self.increment = self.increment + element - _of_draw(fn, site, msg)
         if name in self.time.last:
             self.weigh()
 
@@ -184,9 +185,17 @@ class Guided(Messenger):
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg) or msg["is_observed"]:
             return
+        lift_mask(msg)
         name: str = msg["name"]
         msg["value"] = _drawn(msg["fn"], name, _site(self.sites, name), self.cloud, self.lineage, self.lane)
         self.proposals[name] = msg["fn"]
+
+
+def _of_draw(fn: Any, site: Site, msg: Message) -> Tensor:
+    """The log density that a value was drawn by. Of padding none is told, since the joint tells none."""
+    value: Any = msg["value"]
+    log_prob = scale_and_mask(fn.log_prob(value), 1.0, msg["mask"]) if site.padded else unmasked(fn).log_prob(value)
+    return site.per_element(log_prob.expand(torch.broadcast_shapes(log_prob.shape, fn.batch_shape)))
 
 
 def _site(sites: Mapping[str, Site], name: str) -> Site:

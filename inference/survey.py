@@ -9,6 +9,7 @@ from typing import Any, cast
 import pyro
 import torch
 from pyro.distributions import Delta
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -215,16 +216,27 @@ class Survey(Messenger):
 
     def sites(self) -> dict[str, Site]:
         return {
-            name: replace(_describe(name, msg), simulated=name in self.simulated, reweighted=_is_reweighted(msg))
+            name: replace(
+                _describe(name, msg), simulated=name in self.simulated, scaled=_is_scaled(msg), mask=_mask(msg)
+            )
             for name, msg in self.messages.items()
         }
 
 
-def _is_reweighted(msg: Message) -> bool:
-    scale, mask = cast(Any, msg["scale"]), cast(Any, msg["mask"])
-    return not (mask is None or (mask if isinstance(mask, bool) else bool(mask.all()))) or not (
-        isinstance(scale, int | float) and scale == 1
-    )
+def _is_scaled(msg: Message) -> bool:
+    return not bool(torch.as_tensor(msg["scale"] == 1).all())
+
+
+def _mask(msg: Message) -> Tensor | None:
+    """Where a site has its density, to be broadcast against its value; None where that is everywhere."""
+    fn, mask = cast(Any, msg["fn"]), torch.tensor(True)
+    if msg["mask"] is not None:
+        mask = torch.as_tensor(msg["mask"])[(..., *[None] * fn.event_dim)]
+    while hasattr(fn, "base_dist"):  # `Normal(0.0, 1.0).mask(seen).to_event(1)` has one inside of its event
+        if isinstance(fn, MaskedDistribution):
+            mask = mask & torch.as_tensor(fn._mask)[(..., *[None] * fn.event_dim)]
+        fn = fn.base_dist
+    return None if bool(mask.all()) else mask
 
 
 def _is_point(fn: Any) -> bool:

@@ -867,20 +867,6 @@ def test_a_prior_that_is_masked_or_scaled_is_not_taken_for_what_its_draws_have(w
         Density(problem).simulate(3)
 
 
-def test_padding_of_labels_is_said_to_count_in_the_evidence():
-    def model(x: Tensor, seen: Tensor) -> None:
-        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
-            k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
-            pyro.sample("x", dist.Normal(k.to(x.dtype), 1.0), obs=x)
-
-    x = torch.tensor([0.3, 0.0], dtype=torch.float64)
-    answer = infer(Problem(model, args=(x, torch.tensor([True, False]))), Enumeration())
-    assert float(answer.log_evidence.value[1]) == pytest.approx(math.log(3))
-    assert any("once for each of its values" in note for note in answer.diagnostics.notes)
-    whole = infer(Problem(model, args=(x, torch.tensor([True, True]))), Enumeration())
-    assert not any("once for each" in note for note in whole.diagnostics.notes)
-
-
 CONTINUOUS = [
     SVI(num_steps=30, num_samples=30),
     SVI(guide="AutoMultivariateNormal", num_steps=30, num_samples=30),

@@ -49,7 +49,7 @@ class Enumeration:
     def run(self, density: Density, run: Run) -> Draws:
         values = every_value(density)
         log_joint = density.log_joint(values).double()
-        evidence = torch.logsumexp(log_joint, 0)
+        evidence = torch.logsumexp(log_joint, 0) - density.log_idle().to(log_joint)
         return Draws(
             as_chain(values),
             "weighted",

@@ -48,7 +48,7 @@ class ForwardBackward:
         code, why_not = native(factors)
         found, total = marginals(factors, batch, code)
         _check(total)
-        evidence = Evidence(total.cpu(), torch.zeros(()), "exact")
+        evidence = _evidence(total, density)
         return Draws({}, "iid", log_evidence=evidence, marginals=found, notes=(why_not,) if why_not else ())
 
     def run(self, density: Density, run: Run) -> Draws:
@@ -58,14 +58,19 @@ class ForwardBackward:
         code, why_not = native(factors)
         paths, total = sampled(factors, self.num_samples, code)
         _check(total)
-        evidence = total.reshape(density.batch_shape).cpu()
         values = density.complete(chain.values(paths))
         return Draws(
             as_chain(values),
             "iid",
-            log_evidence=Evidence(evidence, torch.zeros(()), "exact"),
+            log_evidence=_evidence(total, density),
             notes=(why_not,) if why_not else (),
         )
+
+
+def _evidence(total: torch.Tensor, density: Density) -> Evidence:
+    """Of the sums over all paths, in which padding counts once for each state."""
+    value = total.reshape(density.batch_shape)
+    return Evidence((value - density.log_idle().to(value)).cpu(), torch.zeros(()), "exact")
 
 
 def _chain(density: Density) -> Chain:

@@ -16,8 +16,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Self
 
 import torch
-from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from torch import Tensor
 
 from ..density import Density
@@ -134,10 +132,9 @@ class SVI:
                 f"objective={self.objective!r} needs reparameterised draws, which site {scored[0]!r} of the guide has "
                 "not: use 'vimco' or 'elbo'"
             )
-        if self.objective == "dreg" and (site := _altered(density)):
-            return (
-                f"objective='dreg' needs all of log q, and site {site!r} of the guide is masked or scaled: use 'iwae'"
-            )
+        if self.objective == "dreg" and (altered := [n for n, s in density.guide_latents.items() if s.reweighted]):
+            reason = f"site {altered[0]!r} of the guide is masked or scaled"
+            return f"objective='dreg' needs all of log q, and {reason}: use 'iwae'"
         return ""
 
     def sized(self, calls: float, density: Density) -> Self:
@@ -251,22 +248,4 @@ def _unlisted(density: Density, family: str | Flow | None) -> str:
         return f"objective='enumerated' cannot list the latents: {reason}"
     if set(density.guide_latents) != set(density.latents):
         return "objective='enumerated' needs a guide that samples the model's latents, and no others"
-    return ""
-
-
-def _altered(density: Density) -> str:
-    """A site of the guide whose log probability is masked or scaled; '' where there is none."""
-    trace = poutine.trace(density.problem.guide).get_trace(*density.args, **density.kwargs)
-    for name in density.guide_latents:
-        node = trace.nodes[name]
-        fn, mask, scale = node["fn"], node["mask"], node["scale"]
-        while hasattr(fn, "base_dist") and not isinstance(fn, MaskedDistribution):
-            fn = fn.base_dist
-        if (
-            isinstance(fn, MaskedDistribution)
-            or isinstance(scale, Tensor)
-            or scale != 1
-            or not (mask is None or mask is True)
-        ):
-            return name
     return ""

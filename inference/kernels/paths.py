@@ -75,6 +75,8 @@ def why_not_start(density: Density, start: str) -> str:
 def _guide_fault(density: Density) -> str:
     if density.guide_flaw:
         return density.guide_flaw
+    if altered := [n for n, s in density.guide_latents.items() if s.reweighted]:
+        return f"site {altered[0]!r} of the guide is masked or scaled, so not all of log q is known"
     missing = [n for n in density.continuous if n not in density.guide_latents]
     if missing:
         return f"the guide does not propose site {missing[0]!r}"
