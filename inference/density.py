@@ -121,12 +121,11 @@ class Density:
         if not padded:
             return
         self._lay_out(self.layout.leaving_out(padded))
-        for name, site in self.guide_latents.items():
-            if name in padded and not site.point and site.reaches_beyond(self.latents[name]) and not self._guide_fault:
-                self._guide_fault = ProblemError(
-                    f"guide site {name!r} has a density where the model's is masked, as padding is: sample it under "
-                    "the same mask, or name an autoguide (SVI(guide='AutoNormal'))."
-                )
+        if (name := self.layout.guide_in_padding) and self._guide_fault is None:
+            self._guide_fault = ProblemError(
+                f"guide site {name!r} has a density where the model's is masked, as padding is: sample it under the "
+                "same mask, or name an autoguide (SVI(guide='AutoNormal'))."
+            )
 
     def log_idle(self) -> Tensor:
         """What a sum over the values of all discrete latents counts too much, (*batch): `OneDraw.log_idle`."""
@@ -162,17 +161,8 @@ class Density:
 
     @property
     def guide_flaw(self) -> str:
-        """Why log q(z) of the guide's draws is no density of them, in words; '' where it is. A Delta's is one only
-        where it maps auxiliary draws, as many as it has dimensions, and carries the log-Jacobian, as autoguides do."""
-        points = [n for n, s in self.guide_latents.items() if s.point and n in self.continuous]
-        auxiliary = [n for n, s in self.guide_latents.items() if n not in self.latents and not s.point]
-        mapped = sum(math.prod(self.latents[n].unconstrained_shape) for n in points)
-        drawn = sum(math.prod(self.guide_latents[n].shape) for n in auxiliary)
-        if drawn < mapped:
-            return f"the guide gives site {points[0]!r} a point, which has no density"
-        if drawn > mapped:
-            return f"the guide draws the auxiliary site {auxiliary[0]!r}, and log q is not summed over it"
-        return ""
+        """Why log q(z) of the guide's draws is no density of them, in words; '' where it is."""
+        return self.layout.guide_flaw
 
     # -- data ----------------------------------------------------------------------------------------------------
 

@@ -72,6 +72,26 @@ class Layout:
         ]
 
     @cached_property
+    def guide_flaw(self) -> str:
+        """Why log q(z) of the guide's draws is no density of them, in words; '' where it is. A Delta's is one only
+        where it maps auxiliary draws, as many as it has dimensions, and carries the log-Jacobian, as autoguides do."""
+        points = [n for n, s in self.guide_latents.items() if s.point and n in self.continuous]
+        auxiliary = [n for n, s in self.guide_latents.items() if n not in self.latents and not s.point]
+        mapped = sum(math.prod(self.latents[n].unconstrained_shape) for n in points)
+        drawn = sum(math.prod(self.guide_latents[n].shape) for n in auxiliary)
+        if drawn < mapped:
+            return f"the guide gives site {points[0]!r} a point, which has no density"
+        if drawn > mapped:
+            return f"the guide draws the auxiliary site {auxiliary[0]!r}, and log q is not summed over it"
+        return ""
+
+    @cached_property
+    def guide_in_padding(self) -> str:
+        """A site that the guide gives a density where the model has padding; '' where there is none."""
+        both = [(n, self.latents[n], s) for n, s in self.guide_latents.items() if n in self.latents]
+        return next((n for n, own, s in both if own.padded and not s.point and s.reaches_beyond(own)), "")
+
+    @cached_property
     def sizes(self) -> list[int]:
         """How many numbers of u each continuous latent takes."""
         return [math.prod(self._inner(n)) for n in self.continuous]
