@@ -70,6 +70,25 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class LogWeights:
+    """log p(x, z) - log q(z) of draws of each datum's own q, (S, N)."""
+
+    values: np.ndarray
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Particles:
+    """`count` particles carried from prior to posterior, and the log evidence they give, in nats."""
+
+    count: int
+    log_evidence: float
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Kept:
     """`count` simulations, and the draws of one posterior that were kept of them, (S, D), with weights that sum to one;
     None: equal ones."""
@@ -83,14 +102,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Products:
-    """The matrix products of `count` gradients of a datum, and nothing else."""
+    """The matrix products of `count` gradients or weights of a datum, and nothing else."""
 
     count: int
     seconds: float | None = None
     note: str = ""
 
 
-Answer = Draws | Steps | Weights | Kept | Products
+Answer = Draws | Steps | Weights | LogWeights | Particles | Kept | Products
 
 
 @dataclass(frozen=True)
@@ -116,8 +135,8 @@ def _mean(parts: Sequence[Estimate]) -> Estimate:
 
 @dataclass(frozen=True)
 class Timing:
-    """One timed answer: its seconds, and the work in them: effective draws, steps, weighted draws, simulations or
-    gradients of a datum."""
+    """One timed answer: its seconds, and the work in them: effective draws, steps, weighted draws, particles,
+    simulations or gradients of a datum."""
 
     seconds: float
     work: float
@@ -138,7 +157,7 @@ class Measurement:
     empty           whether the caches on disk were
     estimates       of what all tools must agree on, from the warm answers
     least_scalar    which has the fewest effective draws
-    ess             effective draws of the worst datum (None: a chain stands still) and of the median one, by HMC
+    ess             effective draws of the worst datum (None: a chain stands still) and of the median one, per datum
     load            of the machine when it began, as `uptime` tells it: others' work falls on all alike, or shows here
     state, reason   'done', or why there is no answer: 'not installed', 'failed', 'timed out'
     """

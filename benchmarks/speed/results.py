@@ -20,6 +20,8 @@ UNITS = {
     "gibbs": "ESS/s",
     "svi": "steps/s",
     "importance": "draws/s",
+    "latents-importance": "weights/s",
+    "smc": "particles/s",
     "mixture": "steps/s",
     "chain": "steps/s",
     "abc": "sims/s",
@@ -35,10 +37,11 @@ class Row:
     warm, least   seconds of the work alone, median and smallest
     called        of a call as a user makes it again in one process, with what it compiles again
     cold, cached  of the first call in a new process, with caches on disk empty or filled
-    work          effective draws, steps, weighted draws, simulations or gradients in one answer
+    work          effective draws, steps, weighted draws, particles, simulations or gradients in one answer
     ess           of the worst datum and of the median one
-    off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one; with their
-                  standard errors over repeats, `off_error` and `width_error`
+    off, width    of a posterior by simulation: its mean's error in true sds, and its sd over the true one; off of SMC
+                  alone: the log evidence's mean absolute error in nats; with their standard errors over repeats,
+                  `off_error` and `width_error`
     """
 
     tool: str
@@ -118,7 +121,10 @@ def rows_of(case: ModuleType, measurements: Sequence[Measurement]) -> list[Row]:
     estimates = {tool: together([m.estimates for m in group]) for tool, group in done.items() if group}
     judged_apart = case.KIND in FITS or case.KIND == "abc"  # whose answers are approximate, each in its way
     truth = case.truth() if hasattr(case, "truth") else None
-    differing = {} if judged_apart else disagreements(estimates, truth)
+    judged = estimates
+    if case.KIND == "smc":  # errors are told from the spread of runs: one alone has none, and says nothing
+        judged = {tool: {n: e for n, e in found.items() if e.error} for tool, found in estimates.items()}
+    differing = {} if judged_apart else disagreements(judged, truth)
     return [
         _row(group, done[tool], rates[tool], rates.get(OURS), differing.get(tool), estimates.get(tool, {}))
         for tool, group in by_tool.items()
@@ -159,12 +165,16 @@ def _row(
         warmup=done[0].warmup,
         **{
             field: estimates[name].value
-            for field, name in (("loss", "loss"), ("off", "mean off"), ("width", "sd ratio"))
+            for field, name in (("loss", "loss"), ("off", "mean off"), ("off", "evidence off"), ("width", "sd ratio"))
             if name in estimates
         },
         **{
             field: estimates[name].error
-            for field, name in (("off_error", "mean off"), ("width_error", "sd ratio"))
+            for field, name in (
+                ("off_error", "mean off"),
+                ("off_error", "evidence off"),
+                ("width_error", "sd ratio"),
+            )
             if name in estimates
         },
         note=done[-1].note,

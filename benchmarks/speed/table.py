@@ -25,8 +25,9 @@ LEGEND = (
 MEANING = {
     "posterior": "ESS: the smallest bulk effective sample size over the identified scalars. |z|: the largest "
     "difference to {to}, over means and mean squares, in standard errors.",
-    "per-datum": "ESS: the smallest bulk effective sample size over the scalars of the data that are judged. |z|: the "
-    "largest difference to {to}, over means and mean squares, in standard errors.",
+    "per-datum": "ESS: that of the median datum times the number of data. worst, median: a datum's bulk effective "
+    "sample size, the least over its scalars. |z|: the largest difference to {to}, over means and mean squares of "
+    "some data, in standard errors.",
     "hmc": "grad/s: gradients of a datum's log density that a chain moved by. worst, median: a datum's ESS, the least "
     "over its scalars. |z|: the largest difference to {to}, over means and mean squares of some data, in standard "
     "errors. products: the four matrix products of a gradient, alone.",
@@ -40,10 +41,16 @@ MEANING = {
     "observation; all start from the same parameters.",
     "abc": "times are for {count} simulations. off: the posterior mean's error in true sds (1,000 exact draws: 0.03); "
     "sd: the posterior sd over the true one; ±: their standard errors over repeats.",
+    "smc": "times are for {count} particles. error: mean absolute error of the log evidence in nats; ±: its standard "
+    "error over repeats. |z|: the mean's difference to {to}, in standard errors told from the spread of repeats.",
+    "latents-importance": "times are for {count} weights. |z|: the larger difference to {to}, of the mean log weight "
+    "and the mean of its square, in standard errors. products: the two matrix products of a weight, alone.",
     "importance": "times are for {count} draws. |z|: difference of the log evidence to {to}, in standard errors.",
 }
 
-DRAWN = dict.fromkeys(("posterior", "per-datum", "gibbs"), ("grad/s", "ESS")) | {"hmc": ("worst", "median")}
+DRAWN = dict.fromkeys(("posterior", "gibbs"), ("grad/s", "ESS"))
+DRAWN |= dict.fromkeys(("per-datum", "hmc"), ("worst", "median"))
+AGREEMENT = dict.fromkeys(FITS, ("loss",)) | {"abc": ("off", "sd"), "smc": ("error", "|z|")}
 
 
 def render(benchmark: Benchmark) -> RenderableType:
@@ -69,6 +76,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
     lines = [
         MEANING[module.KIND].format(to=to, count=f"{count:,.0f}"),
         *([f"chains of {module.LONGEST} draws and as many of warm-up, at most"] if hasattr(module, "LONGEST") else []),
+        *([f"{module.REPEATS} repeats in each round, at least"] if hasattr(module, "REPEATS") else []),
         *_warmups(rows),
         *_imports(rows),
         *_notes(rows),
@@ -87,9 +95,8 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
 def _table(rows: Sequence[Row], kind: str) -> Table:
     table = Table(box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("tool", no_wrap=True)
-    agreement = ("loss",) if kind in FITS else ("off", "sd") if kind == "abc" else ("|z|",)
     times = ("ours/it", "warm s", "(least)", "again", "cold", "cached")
-    for title in (UNITS[kind], *times, *DRAWN.get(kind, ()), *agreement, "bits"):
+    for title in (UNITS[kind], *times, *DRAWN.get(kind, ()), *AGREEMENT.get(kind, ("|z|",)), "bits"):
         table.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         if row.rate is None:
@@ -109,7 +116,7 @@ def _table(rows: Sequence[Row], kind: str) -> Table:
 
 def _drawn(row: Row, kind: str) -> Sequence[float | None]:
     """What there is to say of draws: the columns `DRAWN`."""
-    if kind == "hmc":
+    if DRAWN.get(kind) == ("worst", "median"):
         return row.ess or (None, None)
     return (row.gradient_rate, row.work) if kind in DRAWN else ()
 
@@ -121,7 +128,8 @@ def _agreement(row: Row, kind: str) -> list[RenderableType]:
     if kind == "abc":
         return [_with_error(row.off, row.off_error), _with_error(row.width, row.width_error)]
     z = row.disagreement.z if row.disagreement else None
-    return [Text(_number(z, 1), style="red" if _high(z, LIMIT) else "")]
+    shown = Text(_number(z, 1), style="red" if _high(z, LIMIT) else "")
+    return [_with_error(row.off, row.off_error), shown] if kind == "smc" else [shown]
 
 
 def _with_error(value: float | None, error: float | None) -> str:

@@ -19,8 +19,23 @@ from typing import Any
 import numpy as np
 
 from . import cases, tools
-from .record import Answer, Draws, Estimate, Kept, Measurement, Plan, Products, Steps, Timing, Weights, together
+from .record import (
+    Answer,
+    Draws,
+    Estimate,
+    Kept,
+    LogWeights,
+    Measurement,
+    Particles,
+    Plan,
+    Products,
+    Steps,
+    Timing,
+    Weights,
+    together,
+)
 
+EACH_DATUM = ("per-datum", "hmc")  # kinds of which every datum has chains of its own
 SEED_STRIDE = 1000  # some seed chain c with seed + c: seeds far apart share none
 
 
@@ -35,7 +50,7 @@ def main() -> None:
 def measure(case: str, tool: str, round: int, empty: bool, plan: Plan) -> Measurement:
     """The measurement of one process; whatever breaks in the tool becomes its reason."""
     chosen_case = cases.load(case)
-    plan = _shortened(plan, getattr(chosen_case, "LONGEST", None))
+    plan = _fitted(plan, chosen_case)
     chosen = tools.find(tool, chosen_case.KIND)
     blank = Measurement(case, tool, chosen.precision, round, empty, load=os.getloadavg()[0], versions=chosen.versions())
     try:
@@ -44,7 +59,10 @@ def measure(case: str, tool: str, round: int, empty: bool, plan: Plan) -> Measur
         return replace(blank, state="failed", reason=f"{type(error).__name__}: {' '.join(str(error).split())}")
 
 
-def _shortened(plan: Plan, longest: int | None) -> Plan:
+def _fitted(plan: Plan, case: Any) -> Plan:
+    """The plan within the case's own limits."""
+    plan = replace(plan, repeats=max(plan.repeats, getattr(case, "REPEATS", 0)))
+    longest = getattr(case, "LONGEST", None)
     if longest is None:
         return plan
     warmup = longest if plan.warmup is None else min(plan.warmup, longest)
@@ -123,9 +141,34 @@ def judged(case: Any, answer: Answer) -> Judgement:
         return Judgement(answer.count, {"loss": Estimate(answer.loss, 0.0)})
     if isinstance(answer, Weights):
         return Judgement(answer.count, {"log evidence": Estimate(answer.log_evidence, answer.std_error)})
+    if isinstance(answer, LogWeights):
+        return _judged_weights(answer)
+    if isinstance(answer, Particles):
+        return _judged_particles(case, answer)
     if isinstance(answer, Kept):
         return _judged_kept(case, answer)
     return _judged_draws(case, answer)
+
+
+def _judged_weights(answer: LogWeights) -> Judgement:
+    """Means over all data of log w and its square: unlike the mean of w itself, both have errors that are known."""
+    values = np.asarray(answer.values, dtype=float)
+    if not np.isfinite(values).all():
+        raise ValueError("the log weights are not all finite.")
+    estimates = {
+        name: Estimate(float(v.mean()), math.sqrt(v.var(0, ddof=1).mean() / v.size))
+        for name, v in (("log weight", values), ("log weight^2", values**2))
+    }
+    return Judgement(values.size, estimates)
+
+
+def _judged_particles(case: Any, answer: Particles) -> Judgement:
+    """The log evidence and how far it is off, in nats; their errors are told from the spread of several runs."""
+    if not math.isfinite(answer.log_evidence):
+        raise ValueError(f"the log evidence is {answer.log_evidence}.")
+    off = abs(answer.log_evidence - case.truth()["log evidence"].value)
+    estimates = {"log evidence": Estimate(answer.log_evidence, 0.0), "evidence off": Estimate(off, 0.0)}
+    return Judgement(answer.count, estimates)
 
 
 def _judged_kept(case: Any, answer: Kept) -> Judgement:
@@ -142,7 +185,8 @@ def _judged_kept(case: Any, answer: Kept) -> Judgement:
 
 
 def _judged_draws(case: Any, answer: Draws) -> Judgement:
-    """Smallest bulk ESS and largest R-hat over the identified scalars; means of them and of their squares."""
+    """Smallest bulk ESS and largest R-hat over the identified scalars; means of them and of their squares. Where each
+    datum has chains of its own, a chain in thousands may stand still."""
     import torch
 
     from pyrometer.inference import statistics
@@ -155,7 +199,7 @@ def _judged_draws(case: Any, answer: Draws) -> Judgement:
     draws = torch.from_numpy(np.concatenate(columns, -1))  # (C, S, K)
     ess = statistics.ess(draws)
     moved = ess.isfinite()
-    if not bool(moved.all() if case.KIND != "hmc" else moved.any()):
+    if not bool(moved.any() if case.KIND in EACH_DATUM else moved.all()):
         broken = names[int(moved.int().argmin())]
         raise ValueError(f"{broken} has no effective draws: they are not finite, or a chain never moves.")
     names, draws, ess = [n for n, m in zip(names, moved, strict=True) if m], draws[..., moved], ess[moved]
@@ -165,12 +209,13 @@ def _judged_draws(case: Any, answer: Draws) -> Judgement:
         estimates |= {n + suffix: Estimate(m, e) for n, m, e in zip(names, means, errors, strict=True)}
     r_hat = statistics.rhat(draws).max().item()
     judged = Judgement(float(ess.min()), estimates, names[int(ess.argmin())], r_hat if math.isfinite(r_hat) else None)
-    return _by_gradients(judged, answer) if case.KIND == "hmc" else judged
+    return _by_datum(case, judged, answer) if case.KIND in EACH_DATUM else judged
 
 
-def _by_gradients(judged: Judgement, answer: Draws) -> Judgement:
-    """The work as gradients of a datum; and of every datum the smallest ESS of its scalars. A chain in thousands may
-    stand still: that is said, and leaves the worst datum without a figure."""
+def _by_datum(case: Any, judged: Judgement, answer: Draws) -> Judgement:
+    """Of every datum the smallest ESS of its scalars; a chain that stands still is told, and leaves the worst datum
+    without a figure. The work of HMC is gradients of a datum, that of NUTS the median datum's ESS times all data,
+    which of some of the data can be told as well."""
     import torch
 
     from pyrometer.inference import statistics
@@ -181,12 +226,14 @@ def _by_gradients(judged: Judgement, answer: Draws) -> Judgement:
         raise ValueError("the draws are not all finite.")
     ess = statistics.ess(draws.flatten(2)).reshape(draws.shape[2:]).amin(1)
     stuck = int((~ess.isfinite()).sum())
-    if answer.gradients is None:
+    median = float(ess.nanmedian())
+    work = median * case.DATA if case.KIND == "per-datum" else (answer.gradients or 0) * len(ess)
+    if not work:
         raise ValueError("the number of gradients is not known.")
     return replace(
         judged,
-        work=answer.gradients * len(ess),
-        ess=(None if stuck else float(ess.min()), float(ess.nanmedian())),
+        work=work,
+        ess=(None if stuck else float(ess.min()), median),
         note=f"{stuck} of {len(ess)} data have a chain that never moves" if stuck else "",
     )
 

@@ -11,8 +11,10 @@
         log_joint(z, data, xp)           log p(x, z) by hand, in nats; xp is numpy or jax.numpy
         identified(z)                    {name: array (C, S, ...)}: scalars with one meaning in every mode; of draws
                                          (C, S, *event) of the latents in numpy
-    'per-datum'    NUTS, four chains for each of many data; speed is effective draws per second of the worst datum
+    'per-datum'    NUTS, four chains for each of many data; speed is effective draws of the median datum, times the
+                   number of data, per second
         data(), problem(data), SHAPES, identified(z)        as above; draws (C, S, N, *event), unconstrained
+        DATA                             the number of data
         log_joint(z, x, data, xp)        log p(x, z) of one datum by hand, in nats
     'hmc'          the same by HMC; speed is gradients of a datum per second, beside the matrix products of one alone
         data(), problem(data), SHAPES, identified(z), log_joint(z, x, data, xp)         as above
@@ -23,6 +25,14 @@
         SIZE                             a `_vae.Size`
     'importance'   prior draws weighted by the likelihood; speed is draws per second
         data(), problem(data), NUM_DRAWS
+    'latents-importance'   draws of a normal of each of many data, weighted; speed is weights per second, beside the
+                   matrix products of one alone
+        data(), problem(data), log_joint(z, x, data, xp)    as above; the normals' 'loc' and 'scale' among the data
+        NUM_DRAWS                        of each datum
+    'smc'          particles from prior to posterior by tempering; speed is particles per second
+        data(), problem(data), pymc_model(data)             as above
+        log_prior(z, xp), log_likelihood(z, data, xp)       by hand, in nats, of the one latent
+        NUM_PARTICLES, COLUMNS           the latter the latent's dimension
     'mixture'      EM steps on a mixture of normals; speed is steps per second
         problem(), NUM_STEPS, ROWS
         start() -> {name: array}         the data x and the theta to start from, by the problem's names
@@ -34,7 +44,8 @@
         data(), problem(data), DIM, NOISE, NUM_SIMULATIONS, NUM_SAMPLES
         posterior(data) -> mean, sd      exact, (DIM,) each
 
-A case of draws may have `LONGEST`, draws of a chain and of its warm-up at most, whatever the plan says. A case may have
+A case of draws may have `LONGEST`, draws of a chain and of its warm-up at most, whatever the plan says, and any case
+`REPEATS`, timed answers of a process at least, patience permitting. A case may have
 `truth()`, {name: Estimate}, of what the tools estimate: means of identified scalars ('tau', 'theta[3]')
 and of their squares ('tau^2'), or the 'log evidence'.
 """

@@ -7,7 +7,7 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..record import Draws, Kept, Plan, Steps, Weights
+from ..record import Draws, Kept, LogWeights, Particles, Plan, Steps, Weights
 from . import OURS, Prepared, Tool
 
 
@@ -93,6 +93,45 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def latents_importance(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    import torch
+
+    from pyrometer.inference import ImportanceSampling, infer
+
+    problem = case.problem(case.data())
+    engine = ImportanceSampling(proposal="guide", num_samples=case.NUM_DRAWS)
+
+    def called(seed: int) -> LogWeights:
+        posterior = infer(problem, engine, seed=seed, dtype=getattr(torch, precision))
+        if not posterior.status.done or posterior.log_weights is None:
+            raise RuntimeError(str(posterior.status))
+        return LogWeights(posterior.log_weights[0].numpy(), **_timed(posterior.cost))
+
+    return Prepared(called, called)
+
+
+def smc(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    import torch
+
+    from pyrometer.inference import SMC, infer
+
+    problem, engine = case.problem(case.data()), SMC(num_samples=case.NUM_PARTICLES)
+
+    def called(seed: int) -> Particles:
+        posterior = infer(problem, engine, seed=seed, dtype=getattr(torch, precision))
+        if posterior.log_evidence is None:
+            raise RuntimeError(str(posterior.status))
+        return Particles(case.NUM_PARTICLES, posterior.log_evidence.total()[0], **_timed(posterior.cost))
+
+    return Prepared(called, called)
+
+
+def _timed(cost: Any) -> dict[str, Any]:
+    """Seconds without compilation, and without the diagnosis that comes after the draws: `again` has both."""
+    note = f"its density ran as {cost.backend} code; the diagnosis of its draws is in 'again' only"
+    return {"seconds": cost.seconds - cost.compile_seconds, "note": note}
+
+
 def abc(settings: Mapping[str, Any], case: ModuleType, plan: Plan) -> Prepared:
     from pyrometer.inference import ABC, infer
 
@@ -120,6 +159,10 @@ TOOLS = [
     Tool(OURS, "gibbs", REQUIRES, "float64", partial(sampler, "Gibbs", "float64")),
     Tool(OURS, "svi", REQUIRES, "float32", svi),
     Tool(OURS, "importance", REQUIRES, "float64", importance),
+    Tool(OURS, "latents-importance", REQUIRES, "float64", partial(latents_importance, "float64")),
+    Tool(f"{OURS}-float32", "latents-importance", REQUIRES, "float32", partial(latents_importance, "float32")),
+    Tool(OURS, "smc", REQUIRES, "float64", partial(smc, "float64")),
+    Tool(f"{OURS}-float32", "smc", REQUIRES, "float32", partial(smc, "float32")),
     Tool(OURS, "mixture", REQUIRES, "float64", em),
     Tool(OURS, "chain", REQUIRES, "float64", em),
     Tool(OURS, "abc", REQUIRES, "float64", partial(abc, {})),

@@ -1,4 +1,4 @@
-"""Torch alone: the loss of the VAE, the weights of eight schools and the products of a gradient written by hand."""
+"""Torch alone: the loss of the VAE, weights of eight schools and of latents, and the products in them, by hand."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
-from ..record import Plan, Products, Steps, Weights
+from ..record import LogWeights, Plan, Products, Steps, Weights
 from . import Prepared, Tool
-from ._products import steps_of
+from ._products import amount
 
 
 def svi(compiled: bool, case: ModuleType, plan: Plan) -> Prepared:
@@ -75,6 +75,31 @@ def importance(case: ModuleType, plan: Plan) -> Prepared:
     return Prepared(called, called)
 
 
+def latents_importance(precision: str, case: ModuleType, plan: Plan) -> Prepared:
+    """A draw of all data at a time, as what is between the products then stays in the cache."""
+    import torch
+    from torch.nn.functional import binary_cross_entropy_with_logits as cross_entropy
+
+    data = {name: torch.from_numpy(value).to(getattr(torch, precision)) for name, value in case.data().items()}
+    x, a, b, loc, scale = (data[name] for name in ("x", "a", "b", "loc", "scale"))
+    constant = scale.log().sum(1)  # the others of both normals cancel
+
+    def log_weight(noise: Any) -> Any:
+        z = torch.addcmul(loc, scale, noise)
+        log_ratio = 0.5 * (noise.square() - z.square()).sum(1) + constant
+        return log_ratio - cross_entropy((z @ a).tanh_() @ b, x, reduction="none").sum(1)
+
+    def called(seed: int) -> LogWeights:
+        draw = torch.Generator().manual_seed(seed)
+        with torch.inference_mode():
+            found = torch.empty(case.NUM_DRAWS, len(x), dtype=x.dtype)
+            for row in found:
+                row.copy_(log_weight(torch.randn(loc.shape, generator=draw, dtype=x.dtype)))
+        return LogWeights(found.numpy())
+
+    return Prepared(called, called)
+
+
 def products(precision: str, case: ModuleType, plan: Plan) -> Prepared:
     """In blocks of as many rows as stay in a core's cache, into memory that is there."""
     import torch
@@ -82,7 +107,7 @@ def products(precision: str, case: ModuleType, plan: Plan) -> Prepared:
     data = {name: torch.from_numpy(value).to(getattr(torch, precision)) for name, value in case.data().items()}
     a, b = data["a"], data["b"]
     turned_a, turned_b = a.T.contiguous(), b.T.contiguous()
-    rows, steps = plan.chains * len(data["x"]), steps_of(case, plan)
+    rows, steps, backwards = amount(case, plan, len(data["x"]))
     z = torch.ones(ROWS, len(a), dtype=a.dtype)
     hidden, logits = z @ a, z @ a @ b
 
@@ -91,9 +116,10 @@ def products(precision: str, case: ModuleType, plan: Plan) -> Prepared:
         for _ in range(blocks):
             torch.mm(z, a, out=hidden)
             torch.mm(hidden, b, out=logits)
-            torch.mm(logits, turned_b, out=hidden)
-            torch.mm(hidden, turned_a, out=z)
-            z.fill_(1.0)  # or it would grow
+            if backwards:
+                torch.mm(logits, turned_b, out=hidden)
+                torch.mm(hidden, turned_a, out=z)
+                z.fill_(1.0)  # or it would grow
         return Products(blocks * ROWS)
 
     return Prepared(called, called)
@@ -105,7 +131,12 @@ ROWS = 1000
 TOOLS = [
     Tool("torch-eager", "svi", REQUIRES, "float32", partial(svi, False), compiles=False),
     Tool("torch-compiled", "svi", REQUIRES, "float32", partial(svi, True)),
-    Tool("products-torch", "hmc", REQUIRES, "float32", partial(products, "float32"), compiles=False),
-    Tool("products-torch-x64", "hmc", REQUIRES, "float64", partial(products, "float64"), compiles=False),
     Tool("torch-eager", "importance", REQUIRES, "float64", importance, compiles=False),
 ]
+for suffix, precision in (("", "float32"), ("-x64", "float64")):
+    by_hand, alone = partial(latents_importance, precision), partial(products, precision)
+    TOOLS += [Tool(f"torch-eager{suffix}", "latents-importance", REQUIRES, precision, by_hand, compiles=False)]
+    TOOLS += [
+        Tool(f"products-torch{suffix}", kind, REQUIRES, precision, alone, compiles=False)
+        for kind in ("hmc", "latents-importance")
+    ]
