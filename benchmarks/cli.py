@@ -307,13 +307,15 @@ def demo(seed: int, json_path: Path | None) -> None:
 @click.option("--draws", type=click.IntRange(min=4), default=1000, show_default=True, help="Of each chain.")
 @click.option("--warmup", type=click.IntRange(min=0), help="Of each chain. [default: each sampler's own]")
 @click.option("--rounds", type=click.IntRange(min=1), default=4, show_default=True, help="Processes for each tool.")
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs in each process.")
+@click.option(
+    "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs in each process, at least."
+)
 @click.option("--limit", type=click.IntRange(min=1), default=600, show_default=True, help="Seconds for a process.")
 @click.option("--cores", type=click.IntRange(min=1), default=2, show_default=True, help="That a process may use.")
 @seed_option
 @json_option
 def speed(cases: tuple[str, ...], tools: str | None, seed: int, json_path: Path | None, **settings: int | None) -> None:
-    """Time Pyrometer and its peers on the same models: NUTS, HMC, steps of a VAE's fit, importance weights.
+    """Time Pyrometer and its peers on the same models: NUTS, HMC, steps of a VAE's fit, importance weights, SMC.
 
     CASE is a name or the beginning of several, as in svi-step; without one all are run. Every measurement has a
     process of its own, and tools take turns. Peers that are not installed are listed: pip install pyrometer[peers].

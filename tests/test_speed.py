@@ -11,6 +11,7 @@ import io
 import json
 import math
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,9 @@ from pyrometer.benchmarks.speed.record import (
     Draws,
     Estimate,
     Kept,
+    LogWeights,
     Measurement,
+    Particles,
     Plan,
     Steps,
     Timing,
@@ -346,6 +349,124 @@ def test_every_tool_weighs_the_same_prior_by_the_same_likelihood(tool, monkeypat
     assert abs(answer.log_evidence - exact) < 4.9 * answer.std_error
 
 
+def has_its_precision(tool):
+    """Skips a tool of JAX in float64, which has it from the environment of its process."""
+    if tool.precision == "float64" and "jax" in tool.requires:
+        pytest.skip("JAX has its precision from the environment")
+
+
+def test_the_evidence_of_the_regression_is_that_of_its_densities_by_hand():
+    """log p(y) = log p(beta) + log p(y | beta) - log p(beta | y), at any beta; the Pyro program has both densities."""
+    case = cases.load("smc")
+    data, exact = case.data(), case.truth()["log evidence"].value
+    precision = data["x"].T @ data["x"] + np.eye(10)
+    mean = np.linalg.solve(precision, data["x"].T @ data["y"])
+    with Density(case.problem(data)) as density, torch.no_grad():
+        for beta in 0.5 * np.random.default_rng(1).normal(size=(5, 10)) + 0.5 * mean:
+            off = beta - mean
+            posterior = 0.5 * (np.linalg.slogdet(precision)[1] - off @ precision @ off - 10 * math.log(2 * math.pi))
+            by_hand = case.log_prior(beta, np) + case.log_likelihood(beta, data, np)
+            assert by_hand - posterior == pytest.approx(exact, abs=1e-8)
+            assert_close(float(density.log_joint({"beta": torch.from_numpy(beta)}).sum()), by_hand)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_pymc_has_the_regression():
+    pytest.importorskip("pymc", reason="PyMC is not installed")
+    case = cases.load("smc")
+    data = case.data()
+    model = case.pymc_model(data)
+    log_p = [model.compile_logp(vars=v, mode="FAST_COMPILE") for v in (model.free_RVs, model.observed_RVs)]
+    for beta in np.random.default_rng(1).normal(size=(5, 10)):
+        assert_close(float(log_p[0]({"beta": beta})), case.log_prior(beta, np))
+        assert_close(float(log_p[1]({"beta": beta})), case.log_likelihood(beta, data, np))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", installed("smc"))
+def test_every_tool_finds_the_evidence_by_tempering(tool, monkeypatch):
+    """The mean of four runs of 1,000 particles: one scatters by 0.15 nats at most, so 0.35 is 4.7 standard errors."""
+    has_its_precision(tool)
+    case = cases.load("smc")
+    monkeypatch.setattr(case, "NUM_PARTICLES", 1000)
+    prepared = tool.prepare(case, Plan())
+    answers = [prepared.warm(seed) for seed in range(4)]
+    assert {answer.count for answer in answers} == {1000}
+    found = [answer.log_evidence for answer in answers]
+    assert len(set(found)) == 4
+    assert abs(np.mean(found) - case.truth()["log evidence"].value) < 0.35
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tool", installed("latents-importance"))
+def test_every_tool_draws_from_the_same_normals_and_gives_the_same_weights(tool, monkeypatch):
+    """Of 30 data, against weights made here: |z| > 4.9 for a mean and a mean square in one seed of 500,000; a mean that
+    is off by 0.1 nats is seen, and sds of q that are off by a hundredth."""
+    has_its_precision(tool)
+    case = cases.load("vae-latents-importance")
+    data = case.data()
+    data = {name: value[:30] if len(value) == case.DATA else value for name, value in data.items()}
+    monkeypatch.setattr(case, "data", lambda: data)
+    monkeypatch.setattr(case, "NUM_DRAWS", 2000)
+    monkeypatch.setattr(importlib.import_module(tools.__name__ + ".torch"), "ROWS", 30)
+    answer = tool.prepare(case, Plan()).called(3)
+    if tools.is_floor(tool.name):
+        assert answer.count == 30 * 2000
+        return
+    assert answer.values.shape == (2000, 30)
+    noise = np.random.default_rng(5).normal(size=(2000, 30, 10))
+    z = data["loc"] + data["scale"] * noise
+    logits = np.tanh(z @ data["a"]) @ data["b"]
+    log_p = (data["x"] * logits - np.logaddexp(0.0, logits)).sum(-1) - 0.5 * (z**2).sum(-1)
+    log_q = -0.5 * (noise**2).sum(-1) - np.log(data["scale"]).sum(-1)
+    first = case.log_joint(z[0, 0], data["x"][0], data, np) + 5 * math.log(2 * math.pi)
+    assert log_p[0, 0] == pytest.approx(first, abs=1e-8)
+    mine = {name: worker.judged(case, a) for name, a in (("tool", answer), ("here", LogWeights(log_p - log_q)))}
+    assert mine["tool"].work == 60_000
+    found = disagreements({name: judged.estimates for name, judged in mine.items()})
+    assert found["tool"].z < 4.9
+    spread = answer.values.std(0) / (log_p - log_q).std(0)  # of each datum: 0.05 of Monte Carlo error
+    assert np.abs(spread - 1).max() < 0.35
+
+
+def test_the_normals_lie_at_modes_and_are_as_wide_as_those():
+    """Of each datum log p rises nowhere by more than 0.05 nats a sd, nearly all; and falls by about 1/2 at one."""
+    case = cases.load("vae-latents-importance")
+    data = case.data()
+    log_p = lambda z, i: case.log_joint(z, data["x"][i], data, np)  # noqa: E731
+    slopes = []
+    for i in range(0, 1000, 50):
+        loc, scale = data["loc"][i], data["scale"][i]
+        for k in range(10):
+            step = np.eye(10)[k] * scale * 1e-3
+            slopes.append((log_p(loc + step, i) - log_p(loc - step, i)) / 2e-3)
+    assert np.median(np.abs(slopes)) < 0.05
+    assert (data["scale"] > 0).all()
+    assert (data["scale"] <= 1).all()  # the prior's
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("patience", "done"), [(0.0, 2), (1000.0, 4)])
+def test_data_by_themselves_are_as_many_as_patience_allows(patience, done, monkeypatch):
+    """Two at least; the time told is that of all."""
+    case = cases.load("vae-latents")
+    made = case.data()
+    monkeypatch.setattr(case, "data", lambda: {**made, "x": made["x"][:4]})
+    default = torch.get_default_dtype()
+    try:
+        prepared = tools.find("pyro-datum-by-datum", "per-datum").prepare(
+            case, Plan(chains=1, draws=4, warmup=2, patience=patience)
+        )
+        begin = time.perf_counter()
+        answer = prepared.called(1)
+        seconds = time.perf_counter() - begin
+    finally:
+        torch.set_default_dtype(default)
+    assert answer.values["z"].shape == (1, 4, done, 10)
+    assert 0.5 * seconds * 4 / done < answer.seconds <= seconds * 4 / done
+    assert answer.note.startswith(f"only {done} of 4 data")
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["pyrometer", "pyro"])
 def test_nuts_draws_in_the_shapes_that_are_asked_for(name):
@@ -514,6 +635,54 @@ def test_work_of_steps_and_weights_is_their_number(answer, name):
     assert set(judged.estimates) == {name}
 
 
+def test_work_of_weights_of_each_datum_is_their_number_and_means_of_their_logs_are_judged():
+    """Data differ by more than draws do, and that is no error: every run has them all."""
+    rng = np.random.default_rng(6)
+    offset = np.array([-50.0, 0.0, 90.0])
+    values = rng.normal(size=(400, 3)) + offset
+    judged = worker.judged(None, LogWeights(values))
+    assert judged.work == 1200
+    mean, square = judged.estimates["log weight"], judged.estimates["log weight^2"]
+    assert mean.value == pytest.approx(values.mean())
+    assert mean.error == pytest.approx(1 / math.sqrt(1200), rel=0.1)
+    assert square.value == pytest.approx((values**2).mean())
+    assert square.error == pytest.approx(math.sqrt((2 + 4 * offset**2).mean() / 1200), rel=0.1)
+    values[7, 1] = -math.inf
+    with pytest.raises(ValueError, match="not all finite"):
+        worker.judged(None, LogWeights(values))
+
+
+def test_particles_are_judged_by_the_exact_evidence():
+    case = cases.load("smc")
+    exact = case.truth()["log evidence"].value
+    judged = [worker.judged(case, Particles(2000, exact + off)) for off in (-0.3, 0.1)]
+    assert judged[0].work == 2000
+    both = together([j.estimates for j in judged])
+    assert both["log evidence"].value == pytest.approx(exact - 0.1)
+    assert both["log evidence"].error == pytest.approx(0.2)
+    assert both["evidence off"].value == pytest.approx(0.2)
+    assert both["evidence off"].error == pytest.approx(0.1)
+    with pytest.raises(ValueError, match="log evidence is nan"):
+        worker.judged(case, Particles(2000, math.nan))
+
+
+def test_one_run_alone_says_nothing_of_agreement_and_several_do():
+    case = cases.load("smc")
+    exact = case.truth()["log evidence"].value
+
+    def row(*offs):
+        estimates = together([worker.judged(case, Particles(9, exact + off)).estimates for off in offs])
+        found = replace(measurement(tools.OURS, 0, (1.0,), work=9.0, estimates=estimates), case="smc")
+        return results.Benchmark(Plan(), (found,)).rows("smc")[0]
+
+    alone, several = row(3.0), row(2.9, 3.0, 3.1)
+    assert alone.disagreement is None
+    assert (alone.off, alone.off_error) == (pytest.approx(3.0), 0.0)
+    assert several.disagreement.z == pytest.approx(3.0 / (0.1 / math.sqrt(3)))
+    assert several.off == pytest.approx(3.0)
+    assert several.off_error == pytest.approx(0.1 / math.sqrt(3))
+
+
 def moving(rng, chains=4, draws=60, data=7):
     return rng.normal(size=(chains, draws, data, 3)) * np.linspace(1.0, 2.0, data)[:, None]
 
@@ -532,6 +701,17 @@ def test_work_of_hmc_is_gradients_of_each_datum_and_all_data_are_judged():
     assert judged.ess[0] < 0.5 * judged.ess[1]
     assert set(judged.estimates) == {f"z[{k}]{s}" for k in range(6) for s in ("", "^2")}
     assert judged.note == ""
+
+
+def test_work_of_nuts_per_datum_is_the_median_datum_times_all():
+    """So that a tool that samples seven of a thousand is not asked for the others, and its worst is told."""
+    case = SimpleNamespace(KIND="per-datum", DATA=1000, identified=SMALL_HMC.identified)
+    values = moving(np.random.default_rng(1))
+    values[:, :, 6] = np.repeat(values[:, ::4, 6], 4, 1)
+    judged = worker.judged(case, Draws({"z": values}, warmup=5))
+    each = sorted(float(statistics.ess(torch.from_numpy(values[:, :, k])).min()) for k in range(7))
+    assert judged.ess == (pytest.approx(each[0]), pytest.approx(each[3]))
+    assert judged.work == pytest.approx(1000 * each[3])
 
 
 def test_a_chain_that_stands_still_is_told_and_one_that_breaks_is_a_failure():
@@ -558,6 +738,15 @@ def test_a_long_case_is_cut_short(monkeypatch):
     assert [(plan.draws, plan.warmup) for plan in plans] == [(200, 200), (200, 7), (200, 200), (1000, None)]
 
 
+def test_a_case_that_needs_many_repeats_has_them(monkeypatch):
+    plans = []
+    monkeypatch.setattr(worker, "_measured", lambda case, tool, plan, blank: plans.append(plan))
+    for repeats in (1, 40):
+        worker.measure("smc", tools.OURS, 0, True, Plan(repeats=repeats))
+    worker.measure("importance", tools.OURS, 0, True, Plan(repeats=1))
+    assert [plan.repeats for plan in plans] == [10, 40, 1]
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("tool", installed("hmc"))
 def test_hmc_and_the_products_in_it_do_the_same_work(tool, monkeypatch):
@@ -566,8 +755,7 @@ def test_hmc_and_the_products_in_it_do_the_same_work(tool, monkeypatch):
     case = cases.load("vae-latents-hmc")
     made = case.data()
     monkeypatch.setattr(case, "data", lambda: {**made, "x": made["x"][:30]})
-    if tool.precision == "float64" and "torch" not in tool.requires:
-        pytest.skip("JAX has its precision from the environment")
+    has_its_precision(tool)
     monkeypatch.setattr(importlib.import_module(tools.__name__ + ".torch"), "ROWS", 60)
     answer = tool.prepare(case, Plan(chains=2, draws=12, warmup=8)).called(3)
     steps = 8 * (12 + 8) * 2
@@ -626,7 +814,7 @@ def three_tools(monkeypatch):
     """Three tools of every kind: ours, a peer, and one whose library nobody has."""
     made = [
         Tool(name, kind, {library: library}, "float64", lambda case, plan: None)
-        for kind in ("posterior", "per-datum", "gibbs", "svi", "importance", "mixture", "chain", "abc")
+        for kind in results.UNITS
         for name, library in ((tools.OURS, "torch"), ("peer-fast", "numpy"), ("absent", "no-such-library"))
     ]
     monkeypatch.setattr(tools, "tools", lambda: made)
@@ -822,6 +1010,20 @@ def test_the_products_alone_are_a_floor_and_no_peer():
     assert read == stuck
 
 
+def test_the_products_of_weights_are_a_floor_too_and_nuts_per_datum_tells_its_worst_and_median():
+    floor = {"estimates": {}, "warmup": None, "r_hat": None}
+    ours = measurement(tools.OURS, 0, (2.0,), work=12_000.0, r_hat=None, warmup=None)
+    found = (ours, measurement("products-torch-x64", 0, (0.5,), work=12_000.0, **floor))
+    text = shown(render(results.Benchmark(Plan(), tuple(replace(m, case="vae-latents-importance") for m in found))))
+    assert "pyrometer 6,000 weights/s, the products alone (products-torch-x64) 24,000: 4.00 times the products" in text
+    few = measurement("numpyro-vectorised-x64", 0, (2.0,), work=812_345.0, ess=(31.7, 812.345))
+    text = shown(render(results.Benchmark(Plan(), (replace(few, case="vae-latents"),))))
+    assert max(map(len, text.splitlines())) <= 120
+    (line,) = [line.split() for line in text.splitlines() if line.startswith(" numpyro")]
+    assert line[1] == "406,172"
+    assert line[-4:] == ["31.7", "812", "-", "64"] or line[-4:-1] == ["31.7", "812", "-"]
+
+
 @pytest.mark.parametrize(
     ("case", "answer", "words"),
     [
@@ -835,6 +1037,12 @@ def test_the_products_alone_are_a_floor_and_no_peer():
             {"mean off": Estimate(0.0312, 0.0021), "sd ratio": Estimate(1.0451, 0.0113)},
             ["0.031±0.002", "1.045±0.011"],
         ),
+        (
+            "smc",
+            {"log evidence": Estimate(-171.0, 0.05), "evidence off": Estimate(0.0712, 0.0113)},
+            ["particles/s", "error", "0.071±0.011", "|z|", "exact value", "10 repeats in each round"],
+        ),
+        ("vae-latents-importance", {"log weight": Estimate(-41.0, 0.5)}, ["weights/s", "|z|", "two matrix products"]),
     ],
 )
 def test_other_kinds_have_their_own_columns(case, answer, words):
@@ -890,11 +1098,13 @@ def test_every_case_has_what_its_kind_needs_and_we_are_timed_on_it(name):
     case = cases.load(name)
     needs = {
         "posterior": "data problem numpyro_model pymc_model SHAPES constrain log_joint identified",
-        "per-datum": "data problem SHAPES log_joint identified",
+        "per-datum": "data problem SHAPES log_joint identified DATA",
         "hmc": "data problem SHAPES log_joint identified NUM_STEPS",
         "gibbs": "data problem numpyro_model SHAPES identified",
         "svi": "SIZE",
         "importance": "data problem NUM_DRAWS truth",
+        "latents-importance": "data problem log_joint NUM_DRAWS",
+        "smc": "data problem pymc_model log_prior log_likelihood NUM_PARTICLES COLUMNS truth",
         "mixture": "problem start NUM_STEPS ROWS",
         "chain": "problem start NUM_STEPS ROWS",
         "abc": "data problem posterior DIM NOISE NUM_SIMULATIONS NUM_SAMPLES",
@@ -918,6 +1128,9 @@ def test_the_peers_are_all_there():
     assert {(n, "abc") for n in ("sbi", "sbi-regression", "pyabc")} <= names
     assert {(n, "per-datum") for n in ("pyro-datum-by-datum", "blackjax-vectorised", "numpyro-vectorised")} <= names
     assert {(n, "importance") for n in ("pyro", "torch-eager", "jax-jit")} <= names
+    for tool in ("jax-jit", "jax-jit-x64", "torch-eager", "products-jax", "products-torch-x64"):
+        assert (tool, "latents-importance") in names
+    assert {(n, "smc") for n in ("blackjax-fixed", "blackjax-tuned", "blackjax-tuned-x64", "pymc")} <= names
 
 
 def command(*arguments):

@@ -1,4 +1,4 @@
-"""The latents of the same thousand data, weighted: draws of a normal of each datum's own, over its density.
+"""Weights of the same thousand latents: draws of a normal of each datum's own, over its density.
 
 z_i ~ q_i = N(m_i, diag(s_i^2)),   log w = log p(x_i, z_i) - log q_i(z_i)
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from . import vae_latents
 from ._data import exact, tensors
+from .vae_latents import DATA as DATA
 from .vae_latents import log_joint as log_joint
 
 KIND = "latents-importance"
