@@ -693,6 +693,11 @@ def moving(rng, chains=4, draws=60, data=7):
     return rng.normal(size=(chains, draws, data, 3)) * np.linspace(1.0, 2.0, data)[:, None]
 
 
+def of_each_datum(values):
+    """The least bulk ESS of the scalars of each datum."""
+    return [float(statistics.ess(torch.from_numpy(values[:, :, k])).min()) for k in range(values.shape[2])]
+
+
 SMALL_HMC = SimpleNamespace(KIND="hmc", NUM_STEPS=3, LONGEST=20, identified=lambda z: {"z": z["z"][:, :, :2]})
 
 
@@ -702,7 +707,7 @@ def test_work_of_hmc_is_gradients_of_each_datum_and_all_data_are_judged():
     values[:, :, 6] = np.repeat(values[:, ::4, 6], 4, 1)
     judged = worker.judged(SMALL_HMC, Draws({"z": values}, warmup=5, gradients=90))
     assert judged.work == 90 * 7
-    each = [float(statistics.ess(torch.from_numpy(values[:, :, k])).min()) for k in range(7)]
+    each = of_each_datum(values)
     assert judged.ess == (pytest.approx(each[6]), pytest.approx(sorted(each)[3]))
     assert judged.ess[0] < 0.5 * judged.ess[1]
     assert set(judged.estimates) == {f"z[{k}]{s}" for k in range(6) for s in ("", "^2")}
@@ -715,9 +720,11 @@ def test_work_of_nuts_per_datum_is_the_median_datum_times_all():
     values = moving(np.random.default_rng(1))
     values[:, :, 6] = np.repeat(values[:, ::4, 6], 4, 1)
     judged = worker.judged(case, Draws({"z": values}, warmup=5))
-    each = sorted(float(statistics.ess(torch.from_numpy(values[:, :, k])).min()) for k in range(7))
+    each = sorted(of_each_datum(values))
     assert judged.ess == (pytest.approx(each[0]), pytest.approx(each[3]))
     assert judged.work == pytest.approx(1000 * each[3])
+    two = worker.judged(case, Draws({"z": values[:, :, 5:]}, warmup=5))
+    assert two.work == pytest.approx(1000 * sum(of_each_datum(values[:, :, 5:])) / 2)
 
 
 def test_a_chain_that_stands_still_is_told_and_one_that_breaks_is_a_failure():

@@ -226,7 +226,7 @@ def _by_datum(case: Any, judged: Judgement, answer: Draws) -> Judgement:
         raise ValueError("the draws are not all finite.")
     ess = statistics.ess(draws.flatten(2)).reshape(draws.shape[2:]).amin(1)
     stuck = int((~ess.isfinite()).sum())
-    median = float(ess.nanmedian())
+    median = float(np.nanmedian(ess.numpy()))  # torch's is the smaller of two
     work = median * case.DATA if case.KIND == "per-datum" else (answer.gradients or 0) * len(ess)
     if not work:
         raise ValueError("the number of gradients is not known.")
