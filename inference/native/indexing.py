@@ -27,7 +27,7 @@ def _section(window: Window, dim: int, start: int, length: int, step: int = 1) -
 
 @lowers("cat")
 def _cat(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
-    target, start = lower._scratch(out.shape, out.dtype), 0
+    target, start = lower.scratch(out.shape, out.dtype), 0
     dim = a["dim"] % out.dim()
     for part in a["tensors"]:
         if len(part.shape) != out.dim():
@@ -39,7 +39,7 @@ def _cat(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
 
 @lowers("stack")
 def _stack(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
-    target, dim = lower._scratch(out.shape, out.dtype), a["dim"] % out.dim()
+    target, dim = lower.scratch(out.shape, out.dtype), a["dim"] % out.dim()
     for index, part in enumerate(a["tensors"]):
         lower.store(_select(target, dim, index), part)
     return target
@@ -72,7 +72,7 @@ def _onto(lower: Lowering, base: Value, out: Tensor, parts: list[tuple[Window, V
 def _slice_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     dim, step = a["dim"] % out.dim(), a["step"]
     start, _, _ = slice(a["start"], a["end"], step).indices(out.shape[dim])
-    target, length = lower._scratch(out.shape, out.dtype), a["src"].shape[dim]
+    target, length = lower.scratch(out.shape, out.dtype), a["src"].shape[dim]
     part = _section(target, dim, start, length, step)
     return _onto(lower, a["self"], out, [(part, a["src"])], target, dim, start, length, step)
 
@@ -80,13 +80,13 @@ def _slice_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
 @lowers("select_scatter")
 def _select_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     dim = a["dim"] % out.dim()
-    index, target = a["index"] % out.shape[dim], lower._scratch(out.shape, out.dtype)
+    index, target = a["index"] % out.shape[dim], lower.scratch(out.shape, out.dtype)
     return _onto(lower, a["self"], out, [(_select(target, dim, index), a["src"])], target, dim, index, 1)
 
 
 @lowers("diagonal_scatter")
 def _diagonal_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
-    target = lower._scratch(out.shape, out.dtype)
+    target = lower.scratch(out.shape, out.dtype)
     lower.store(target, a["self"])
     like = torch.empty(out.shape, device="meta").diagonal(a["offset"], a["dim1"], a["dim2"])
     part = Window(target.buffer, tuple(like.shape), tuple(like.stride()), int(like.storage_offset()))
@@ -111,7 +111,7 @@ lowers("diagonal_backward")(
 
 @lowers("constant_pad_nd")
 def _pad(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
-    target, source = lower._scratch(out.shape, out.dtype), lower.window(a["self"])
+    target, source = lower.scratch(out.shape, out.dtype), lower.window(a["self"])
     pads = a["pad"]
     inside, full = source, target
     for position in range(len(pads) // 2):
@@ -194,7 +194,7 @@ def _positions(lower: Lowering, indices: Sequence[Any]) -> list[Any]:
         if index is None or index.dtype != torch.bool:
             found.append(index)
         elif (mask := lower.constant_of(index)) is not None:
-            found += [lower._constant(places) for places in mask.nonzero(as_tuple=True)]
+            found += [lower.constant(places) for places in mask.nonzero(as_tuple=True)]
         else:
             raise UnsupportedError("indexing by truth values that are not constant")
     return found
@@ -216,7 +216,7 @@ def _added(lower: Lowering, base: Value, access_of: Any, values: Any, shape: tup
     """A copy of base with values put, or added, where access_of(copy) says."""
     if accumulate and out.dtype == torch.bool:
         raise UnsupportedError("adding truth values at indices")
-    target = lower._scratch(out.shape, out.dtype)
+    target = lower.scratch(out.shape, out.dtype)
     lower.store(target, base)
     expr = lower.read(values, shape, out.dtype)
     lower.add(Loop(shape, expr, access_of(target), adds=accumulate, over_base=True))
@@ -229,10 +229,10 @@ def _sums_by_place(lower: Lowering, base: Value, index: Tensor, values: Value, o
     size, shape = out.shape[-1], (*out.shape[:-1], len(index))
     index = index % size
     order = index.argsort(stable=True)
-    ends = lower._fixed(torch.bincount(index, minlength=size).cumsum(0))
+    ends = lower.hold(torch.bincount(index, minlength=size).cumsum(0))
     sorted_ = torch.equal(order, torch.arange(len(order)))
     source = lower.window(lower.expand(lower.cast(values, out.dtype), shape))
-    target = lower._scratch(out.shape, out.dtype)
+    target = lower.scratch(out.shape, out.dtype)
     lower.store(target, base)
     x, y = (" + ".join(f"i{d} * {s}" for d, s in enumerate(w.strides[:-1])) or "0" for w in (source, target))
     here, place = "j" if sorted_ else "$3[j]", f"$1[{y} + k * {target.strides[-1]}]"
@@ -240,7 +240,7 @@ def _sums_by_place(lower: Lowering, base: Value, index: Tensor, values: Value, o
         f"{heads(shape[:-1])} {{ int64_t j = 0; for (int64_t k = 0; k < {size}; k++) {{ $T1 sum = {place}; "
         f"for (; j < $2[k]; j++) sum += $0[{x} + {here} * {source.strides[-1]}]; {place} = sum; }} }}"
     )
-    lower.steps.append(Call(text, (source, target, ends, ends if sorted_ else lower._fixed(order)), (target.buffer,)))
+    lower.steps.append(Call(text, (source, target, ends, ends if sorted_ else lower.hold(order)), (target.buffer,)))
     return target
 
 

@@ -101,7 +101,7 @@ class Lowering:
             if node.op == "placeholder":
                 self.values[node] = self._argument(node.meta["val"])
             elif node.op == "get_attr":
-                self.values[node] = self._constant(self.traced.tensors[node.target])
+                self.values[node] = self.constant(self.traced.tensors[node.target])
             elif node.op == "call_function":
                 self.values[node] = self._operation(node)
             elif node.op == "output":
@@ -120,7 +120,8 @@ class Lowering:
         self.arguments.append(Window(buffer, shape, dense(shape)))
         return self.arguments[-1]
 
-    def _constant(self, tensor: Tensor) -> Value:
+    def constant(self, tensor: Tensor) -> Value:
+        """A tensor that the graph reads: one number known now, or memory that holds it."""
         if id(tensor) not in self._shared:
             self._shared[id(tensor)] = (tensor, self._new_constant(tensor))  # kept, so that no other gets its id
         return self._shared[id(tensor)][1]
@@ -130,7 +131,7 @@ class Lowering:
         if id(tensor) in self.moving:
             if not tensor.is_contiguous():
                 raise UnsupportedError("a parameter that is not contiguous")
-            return self._fixed(tensor)
+            return self.hold(tensor)
         # what is true of all of today's data must not choose the code: one datum changed would move the last digit of
         # the others
         if tensor.numel() == 1 or (tensor.numel() and tensor.dtype != torch.bool):
@@ -138,10 +139,11 @@ class Lowering:
             if bool(((tensor == one) | ((tensor != tensor) & (one != one))).all()):
                 if float(one) in LITERALS or not math.isfinite(float(one)):
                     return Uniform(one.item(), shape, _known(tensor.dtype))
-                return self._fixed(one.reshape(()).clone()).broadcast(shape)
-        return self._fixed(tensor.contiguous())
+                return self.hold(one.reshape(()).clone()).broadcast(shape)
+        return self.hold(tensor.contiguous())
 
-    def _fixed(self, tensor: Tensor) -> Window:
+    def hold(self, tensor: Tensor) -> Window:
+        """The memory of a tensor, there before the code runs."""
         index = len(self.fixed)
         buffer = Buffer(f"c{index}", "fixed", _known(tensor.dtype), tensor.numel(), index)
         self.fixed.append(buffer)
@@ -151,7 +153,7 @@ class Lowering:
             self.known[buffer] = tensor.detach().flatten().clone()  # with a storage of its own, to be strided
         return Window(buffer, tuple(tensor.shape), dense(tuple(tensor.shape)))
 
-    def _scratch(self, shape: Sequence[int], dtype: torch.dtype, rows: bool = False) -> Window:
+    def scratch(self, shape: Sequence[int], dtype: torch.dtype, rows: bool = False) -> Window:
         """New memory; `rows`: contiguous as torch has it."""
         self._count += 1
         buffer = Buffer(f"t{self._count}", "scratch", _known(dtype), math.prod(shape))
@@ -202,7 +204,7 @@ class Lowering:
             return self.compute(varies, expr, dtype).broadcast(shape)
         key = (shape, expr, dtype)
         if key not in self._seen:
-            window = self._scratch(shape, dtype)
+            window = self.scratch(shape, dtype)
             self.add(Loop(shape, expr, Access(window.buffer, 0, window.strides)))
             self._seen[key] = window
         return self._seen[key]
@@ -222,7 +224,7 @@ class Lowering:
         key = (kind, tuple(shape), expr, tuple(dims), dtype)
         if key not in self._seen:
             kept = [d for d in range(len(shape)) if d not in dims]
-            window = self._scratch([shape[d] for d in kept], dtype)
+            window = self.scratch([shape[d] for d in kept], dtype)
             strides = [0] * len(shape)
             for d, s in zip(kept, window.strides, strict=True):
                 strides[d] = s
@@ -255,12 +257,12 @@ class Lowering:
             return index, size
         key = index, size
         if key not in self._within:
-            self._within[key] = self._fixed((known % max(size, 1)).contiguous())
+            self._within[key] = self.hold((known % max(size, 1)).contiguous())
         return self._within[key], 0
 
     def copy(self, value: Value) -> Window:
         """Contiguous memory of its own."""
-        window = self._scratch(value.shape, value.dtype, rows=True)
+        window = self.scratch(value.shape, value.dtype, rows=True)
         self.store(window, value)
         return window
 

@@ -39,7 +39,7 @@ def product(lower: Lowering, x: Value, y: Value, shape: tuple[int, ...]) -> Valu
         right = _aligned(lower, y, (*range(b), b + 2, b + 1), len(space))
         term = Apply("{0} * {1}", (left, right), x.dtype, x.dtype)
         return lower.reduce("sum", space, term, [b + 2], x.dtype)
-    letter, target = _letter(x.dtype), lower._scratch(shape, x.dtype, rows=True)
+    letter, target = _letter(x.dtype), lower.scratch(shape, x.dtype, rows=True)
     (x, ldx, tx), (y, ldy, ty) = _matrix(lower, x), _matrix(lower, y)
     text = (
         f"{heads(batch)} {{ int m = {n}, n = {m}, k = {k}, lda = {ldy}, ldb = {ldx}, ldc = {n}; $T2 one = 1, zero = 0; "
@@ -115,7 +115,7 @@ def _reshaped(value: Value, shape: Sequence[int]) -> Value:
 @lowers("linalg_cholesky_ex")
 def _cholesky(lower: Lowering, a: dict[str, Any], out: Any) -> Any:
     """L with L L' = a; by columns, the upper factor of the same matrix."""
-    factor, info = lower.copy(a["self"]), lower._scratch(out[1].shape, torch.int32)
+    factor, info = lower.copy(a["self"]), lower.scratch(out[1].shape, torch.int32)
     n, batch = out[0].shape[-1], out[0].shape[:-2]
     place = " + ".join(f"i{d} * {s}" for d, s in enumerate(info.strides)) or "0"
     outside = "c > r" if not a["upper"] else "c < r"

@@ -170,7 +170,7 @@ def _position(lower: Lowering, kind: str, value: Value, dims: list[int], out: Te
         return Uniform(0, tuple(out.shape), torch.int64)
     window = lower.window(value)
     kept = tuple(n for d, n in enumerate(shape) if d != dim)
-    target = lower._scratch(kept, torch.int64)
+    target = lower.scratch(kept, torch.int64)
     sign = ">" if kind == "max" else "<"
     moved = [*[s for d, s in enumerate(window.strides) if d != dim], window.strides[dim]]
     x = " + ".join(f"i{d} * {s}" for d, s in enumerate(moved[:-1])) or "0"
@@ -198,7 +198,7 @@ def _scan(template: str, start: str) -> Any:
         shape = tuple(value.shape)
         if not shape or math.prod(shape) <= 1:
             return value
-        window, target = lower.window(value), lower._scratch(shape, out.dtype)
+        window, target = lower.window(value), lower.scratch(shape, out.dtype)
         dim %= len(shape)
         x = " + ".join(f"i{d} * {s}" for d, s in enumerate(window.strides) if d != dim) or "0"
         y = " + ".join(f"i{d} * {s}" for d, s in enumerate(target.strides) if d != dim) or "0"
