@@ -15,48 +15,25 @@ which others are moved beside it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .density import Density
 from .engine import Run
+from .groups import Bound
 from .kernels import streams
-from .kernels.metropolis import HMC, Kernel, Path, Point, RandomWalk, Transition, langevin
-from .kernels.nuts import NUTS
-from .lanes import Lanes, Parts
-from .problem import ProblemError
+from .kernels.metropolis import Point
 from .resampling import ancestors, takes
 
-BLOCK = 4096  # lanes that are moved together, at least one datum's
 BISECTIONS, CLOSE = 60, 1e-6  # at most, and how close, relative to it, a temperature is to the best
 MAX_STAGES = 500  # temperatures, from which on the rest of the path is taken in one step
-QUARTER_TURN = 1.9  # trajectories in units of the target's sd: much longer ones come back to where they began
 LEARN = 1.0  # change of log step size for each unit of acceptance that is missing
 PRIOR_COUNT = 5.0  # particles that the last stage's variances count for
-KERNELS: dict[str, Kernel] = {
-    "hmc": HMC(num_steps=4),
-    "langevin": langevin(),
-    "random_walk": RandomWalk(),
-    "nuts": NUTS(),
-}
-
-
-def as_kernel(owner: Any, value: Any) -> Kernel:
-    """A kernel from its name or itself. Raises `ProblemError`."""
-    if isinstance(value, str) and value in KERNELS:
-        return KERNELS[value]
-    if isinstance(value, str | type) or not hasattr(value, "bind"):
-        raise ProblemError(
-            f"{type(owner).__name__}(kernel={value!r}): expected one of {', '.join(KERNELS)}, or a kernel such as "
-            "HMC(num_steps=10) of pyrometer.inference.kernels.metropolis."
-        )
-    return value
 
 
 def seed_of(run: Run, index: int) -> int:
@@ -112,53 +89,6 @@ class Carried:
     hurried: bool = False
 
 
-class Bound:
-    """Lanes of S particles for each datum, and a kernel that is bound to them; data pass through in groups."""
-
-    def __init__(self, density: Density, count: int, parts: Parts, kernel: Kernel, path: Path, u: Tensor) -> None:
-        total = max(1, density.batch_shape.numel())
-        self.count, self.kernel, self.path = count, kernel, path
-        self.lanes = Lanes(density, count, parts, count * min(total, max(1, BLOCK // count)))
-        self.data = total if self.lanes.whole else self.lanes.width // count
-        example = self.point(u.reshape(-1, u.shape[-1])[next(self.groups())[1].to(u.device)])
-        self.transition: Transition = kernel.bind(self.lanes, path, example)
-
-    @classmethod
-    def of(cls, density: Density, count: int, parts: Parts, kernel: Kernel, path: Path, u: Tensor) -> Bound:
-        """The one of this density, compiled once, on the rows that it sees now: an E-step is run many times."""
-        whole = density.row_numbers is None
-        key = ("path", count, parts, id(kernel), path, whole, tuple(density.batch_shape))
-        if key not in density.kept:
-            density.kept[key] = cls(density, count, parts, kernel, path, u)
-        density.kept[key].lanes.renew()
-        return density.kept[key]
-
-    def groups(self) -> Iterator[tuple[Tensor, Tensor, int]]:
-        """Numbers of the data (G,), of their lanes (S G,), and how many of the data count: the last group is filled up
-        with data that do not."""
-        total = self.lanes.data
-        for first in range(0, total, self.data):
-            data = torch.arange(first, first + self.data) % total
-            ids = (torch.arange(self.count)[:, None] * total + data).reshape(-1)
-            self.lanes.place(ids)
-            yield data, ids, min(self.data, total - first)
-
-    def point(self, u: Tensor) -> Point:
-        """The lanes that stand there, at u (W, D)."""
-        with self.lanes.density.uncounted():
-            values, gradients = self.lanes.evaluate(u, self.kernel.gradient)
-        self.lanes.count(1, self.kernel.gradient)
-        return Point(u, values, gradients)
-
-    @property
-    def longest(self) -> float:
-        """The largest step size that makes sense."""
-        return QUARTER_TURN / self.kernel.num_steps if isinstance(self.kernel, HMC) else math.inf
-
-    def first_step(self, dim: int) -> float:
-        return 2.4 / math.sqrt(dim) if not self.kernel.gradient else min(self.longest, 1.0 / dim**0.25)
-
-
 def selected(keep: Tensor, new: Point, old: Point) -> Point:
     """The new point in the lanes (W,) that keep it."""
     return Point(
@@ -184,12 +114,9 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan
     datum_key (G,) for resampling."""
     S, G, D = bound.count, bound.data, point.u.shape[1]
     dtype, device = point.u.dtype, point.u.device
-    path, kernel = bound.path, bound.kernel
+    path, kernel, lane = bound.path, bound.kernel, bound.lane
     even = torch.full((S, G), -math.log(S), dtype=dtype, device=device)
     zero = torch.zeros(G, dtype=dtype, device=device)
-
-    def lane(of_datum: Tensor) -> Tensor:
-        return of_datum.expand(S, *of_datum.shape).reshape(S * G, *of_datum.shape[1:])
 
     def height(at: Tensor) -> Tensor:
         return path(lane(at), point.values)[0].reshape(S, G)

@@ -17,7 +17,7 @@ from annealed import MAKERS, correlated, gamma_poisson, guided
 from torch import Tensor
 from zoo import EXACT
 
-from pyrometer.inference import SMC, AnnealedImportance, Problem, ProblemError, infer, tempering, why_not
+from pyrometer.inference import SMC, AnnealedImportance, Problem, ProblemError, groups, infer, why_not
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import Run, isolated
 from pyrometer.inference.engines.annealed_importance import Bracket, bracket
@@ -156,7 +156,7 @@ def test_data_in_groups_have_the_answer_of_all_at_once(monkeypatch):
     problem = gamma_poisson(7).problem.on(torch.tensor([0.0, 3, 9, 1, 30, 2, 5], dtype=F64))
     engine = AnnealedImportance(num_samples=16, num_temperatures=20)
     whole = infer(problem, engine, seed=0)
-    monkeypatch.setattr(tempering, "BLOCK", 48)
+    monkeypatch.setattr(groups, "BLOCK", 48)
     parts = infer(problem, engine, seed=0)
     torch.testing.assert_close(parts.log_weights, whole.log_weights, rtol=0, atol=1e-7)
     torch.testing.assert_close(parts.draws["rate"], whole.draws["rate"], rtol=1e-6, atol=1e-7)

@@ -21,7 +21,7 @@ from scipy.optimize import brentq
 from torch import Tensor
 from zoo import EXACT
 
-from pyrometer.inference import SMC, AnnealedImportance, Problem, ProblemError, infer, tempering, why_not
+from pyrometer.inference import SMC, AnnealedImportance, Problem, ProblemError, groups, infer, tempering, why_not
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import Draws, Run, isolated
 from pyrometer.inference.kernels import streams
@@ -182,7 +182,7 @@ def carried(copies, plan, count=100):
     with isolated(0), torch.no_grad(), density:
         parts, draw = begin(density, "prior")
         u = draw(count).reshape(-1, density.dim)
-        bound = tempering.Bound(density, count, parts, tempering.KERNELS["hmc"], PATHS["geometric"], u)
+        bound = groups.Bound(density, count, parts, groups.KERNELS["hmc"], PATHS["geometric"], u)
         _, ids, _ = next(bound.groups())
         key, datum_key = streams.keys(1, len(u)), streams.keys(2, bound.data)
         point, answer = tempering.carry(bound, bound.point(u[ids]), key, datum_key, plan)
@@ -216,7 +216,7 @@ def test_data_in_groups_have_the_answer_of_all_at_once(monkeypatch):
     """Seven data in groups of three, the last of them filled up, with random numbers of their own."""
     problem = gamma_poisson(7).problem.on(torch.tensor([0.0, 3, 9, 1, 30, 2, 5], dtype=F64))
     whole = infer(problem, SMC(num_samples=50), seed=0)
-    monkeypatch.setattr(tempering, "BLOCK", 150)
+    monkeypatch.setattr(groups, "BLOCK", 150)
     parts = infer(problem, SMC(num_samples=50), seed=0)
     torch.testing.assert_close(parts.log_evidence.value, whole.log_evidence.value, rtol=0, atol=1e-8)
     torch.testing.assert_close(parts.log_weights, whole.log_weights, rtol=0, atol=1e-8)

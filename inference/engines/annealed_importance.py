@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, EngineError, Run, as_chain, check_problem, isolated, seed_all
+from ..groups import Bound, as_kernel
 from ..kernels import streams
 from ..kernels.metropolis import Point
 from ..kernels.paths import PATHS, STARTS, begin, choose, why_not_start
@@ -31,7 +32,7 @@ from ..posterior import Evidence, evidence_from_weights
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
 from ..settings import check_choice, settings
-from ..tempering import Bound, Plan, Tuning, added, as_kernel, carry, seed_of
+from ..tempering import Plan, Tuning, added, carry, seed_of
 from ..twin import twin
 
 SCHEDULES = ("adaptive", "sigmoid", "linear")
@@ -154,35 +155,26 @@ class AnnealedImportance:
         """Where chains from u (total, D) end, their log weights (S, N), and the mean acceptance at each temperature,
         (K,). `reverse`: from the posterior to the start."""
         key = streams.keys(seed, bound.lanes.total, u.device)
-        ended, log_weights, accepted, done = torch.empty_like(u), [], [], 0
-        for data, ids, count in bound.groups():
-            at = ids.to(u.device)
-            point, log_w, acceptance = self._anneal(
-                bound, tuning.rows(data.to(u.device)), bound.point(u[at]), key[at], reverse
-            )
-            kept = ids.reshape(-1, bound.data)[:, :count].reshape(-1).to(u.device)
-            ended[kept] = point.u.reshape(bound.count, bound.data, -1)[:, :count].reshape(-1, u.shape[1])
-            log_weights.append(log_w[:, :count])
-            accepted.append(acceptance[:, :count])
-            done += count
-            run.progress("data", done, bound.lanes.data)
-        return ended, torch.cat(log_weights, 1), torch.cat(accepted, 1).mean(1)
+
+        def move(data: Tensor, lanes: Tensor, point: Point) -> tuple[Point, tuple[Tensor, Tensor]]:
+            return self._anneal(bound, tuning.rows(data), point, key[lanes], reverse)
+
+        ended, told = bound.through(u, move, run.progress)
+        log_weights, acceptance = (torch.cat([t[i][:, : len(data)] for data, t in told], 1) for i in (0, 1))
+        return ended, log_weights, acceptance.mean(1)
 
     def _anneal(
         self, bound: Bound, tuning: Tuning, point: Point, key: Tensor, reverse: bool
-    ) -> tuple[Point, Tensor, Tensor]:
+    ) -> tuple[Point, tuple[Tensor, Tensor]]:
         S, G, K = bound.count, bound.data, self.num_temperatures
         log_w = torch.zeros(S * G, dtype=point.u.dtype, device=point.u.device)
         counter = torch.zeros_like(key)
-
-        def lane(of_datum: Tensor) -> Tensor:
-            return of_datum.expand(S, *of_datum.shape).reshape(S * G, *of_datum.shape[1:])
 
         def at(k: int) -> tuple[Tensor, Tensor, Tensor]:
             beta, step, mass = tuning.at(k / K)
             if self.schedule != "adaptive":
                 beta = torch.full_like(beta, self.given_beta(k / K))
-            return lane(beta), lane(step), lane(mass)
+            return bound.lane(beta), bound.lane(step), bound.lane(mass)
 
         def move(times: int, beta: Tensor, step: Tensor, mass: Tensor) -> Tensor:
             nonlocal point, counter
@@ -207,7 +199,7 @@ class AnnealedImportance:
             acceptance.append(move(self.num_moves, *here))
             if reverse:
                 weigh(here[0], before)
-        return point, log_w.reshape(S, G), torch.stack(acceptance)
+        return point, (log_w.reshape(S, G), torch.stack(acceptance))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from torch import Tensor
 from .. import recorded
 from ..density import Density
 from ..engine import Draws, EngineError, Run
+from ..groups import as_kernel
 from ..kernels import adaptation
 from ..kernels.metropolis import Kernel
 from ..posterior import gathered
@@ -29,7 +30,6 @@ from ..problem import ProblemError
 from ..settings import check_choice, check_positive, settings
 from ..starts import CHOICE
 from ..sweep import Blocks, Sweep, some_draws
-from ..tempering import as_kernel
 
 FEWEST = 4  # draws of a chain that can be judged
 

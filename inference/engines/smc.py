@@ -23,13 +23,15 @@ from torch import Tensor
 
 from ..density import Density
 from ..engine import Draws, Run, as_chain, seed_all
+from ..groups import Bound, as_kernel
 from ..kernels import streams
+from ..kernels.metropolis import Point
 from ..kernels.paths import PATHS, STARTS, begin, choose, why_not_start
 from ..posterior import Evidence
 from ..problem import ProblemError
 from ..resampling import POLICIES, SCHEMES
 from ..settings import check_choice, check_share, settings
-from ..tempering import Bound, Carried, Plan, as_kernel, carry, seed_of
+from ..tempering import Carried, Plan, carry, seed_of
 
 CRITERIA = ("cess", "ess")
 FEW_FAMILIES = 10
@@ -100,25 +102,15 @@ class SMC:
         seed_all(run.child(0).seed)
         u = draw(self.num_samples).reshape(-1, density.dim)
         bound = Bound.of(density, self.num_samples, parts, as_kernel(self, self.kernel), PATHS[self.path], u)
-        return answer(density, *through(bound, u, run, self.plan()))
+        key = streams.keys(seed_of(run, 1), bound.lanes.total, u.device)
+        datum_key = streams.keys(seed_of(run, 2), bound.lanes.data, u.device)
+        plan = self.plan()
 
+        def move(data: Tensor, lanes: Tensor, point: Point) -> tuple[Point, Carried]:
+            point, carried = carry(bound, point, key[lanes], datum_key[data], plan)
+            return point, replace(carried, stages=carried.stages[-1:])  # of thousands of groups
 
-def through(bound: Bound, u: Tensor, run: Run, plan: Plan) -> tuple[Tensor, list[tuple[Tensor, Carried]]]:
-    """Carry all data along the path, group by group: u (total, D) where the lanes end, and what else is told of each
-    group, with the numbers of its data (g,)."""
-    key = streams.keys(seed_of(run, 1), bound.lanes.total, u.device)
-    datum_key = streams.keys(seed_of(run, 2), bound.lanes.data, u.device)
-    ended, told, done = torch.empty_like(u), [], 0
-    for data, ids, count in bound.groups():
-        at, of = ids.to(u.device), data.to(u.device)
-        point, carried = carry(bound, bound.point(u[at]), key[at], datum_key[of], plan)
-        kept = ids.reshape(-1, bound.data)[:, :count].reshape(-1).to(u.device)
-        shaped = point.u.reshape(bound.count, bound.data, -1)[:, :count]
-        ended[kept] = shaped.reshape(-1, u.shape[1])
-        told.append((data[:count], replace(carried, stages=carried.stages[-1:])))  # of thousands of groups
-        done += count
-        run.progress("data", done, bound.lanes.data)
-    return ended, told
+        return answer(density, *bound.through(u, move, run.progress))
 
 
 def joined(told: list[tuple[Tensor, Carried]], name: str) -> Tensor:
