@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .diagnostics import Diagnostics
+from .resampling import reached
 
 if TYPE_CHECKING:
     from .problem import Problem
@@ -226,11 +227,7 @@ class Posterior:
         batch = w.shape[1:]
         columns = w.reshape(w.shape[0], -1)
         start = torch.rand((1, columns.shape[1]), generator=generator, dtype=torch.float64)
-        cumulative = columns.cumsum(0)
-        positions = (torch.arange(total)[:, None] + start) / total * cumulative[-1:]
-        positions = torch.minimum(positions, torch.nextafter(cumulative[-1:], torch.zeros(1, dtype=torch.float64)))
-        # the first draw whose sum exceeds the position, so that none of weight zero is ever taken
-        index = torch.searchsorted(cumulative.T.contiguous(), positions.T.contiguous(), right=True).T
+        index = reached(columns, (torch.arange(total)[:, None] + start) / total)
         order = torch.rand(index.shape, generator=generator, dtype=torch.float64).argsort(0)
         index = index.gather(0, order).reshape(total, *batch)
         draws = {name: gathered(value.flatten(0, 1), index)[None] for name, value in self.draws.items()}
