@@ -22,7 +22,7 @@ AT_A_TIME = 2**19  # numbers in the positions that are mapped to the sites at on
 
 
 @dataclass(frozen=True)
-class Plan:
+class ChainPlan:
     """How each chain is run: what a sampler needs to know of the engine's settings."""
 
     num_samples: int
@@ -57,7 +57,7 @@ class Chain:
     divergences: Tensor
 
 
-def answer(density: Density, chains: Sequence[Chain], asked: int, plan: Plan, notes: Sequence[str]) -> Draws:
+def answer(density: Density, chains: Sequence[Chain], asked: int, plan: ChainPlan, notes: Sequence[str]) -> Draws:
     """The draws of all chains, of `asked` ones, their figures, and what is wrong with them; `state` for a warm start.
 
     The figures `divergence.<site>`, (K, *batch, *event), tell where trajectories that diverged set out from, up to
@@ -140,7 +140,7 @@ def stuck(lp: Tensor) -> list[str]:
     ]
 
 
-def too_deep(stats: Mapping[str, Tensor], plan: Plan) -> list[str]:
+def too_deep(stats: Mapping[str, Tensor], plan: ChainPlan) -> list[str]:
     deep = stats["reached_max_treedepth"]
     if float(deep.double().mean()) <= MANY_DEEP:
         return []

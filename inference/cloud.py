@@ -16,7 +16,7 @@ from .tempering import added, of_families
 
 @dataclass(frozen=True)
 class Plan:
-    """How particles are carried: `count` in each of `runs` independent filters; the rest as in `tempering.Plan`."""
+    """How particles are carried: `count` in each of `runs` independent filters; the rest as in `tempering.PathPlan`."""
 
     count: int
     runs: int = 1

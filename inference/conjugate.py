@@ -213,6 +213,15 @@ class Power:
         return v, Frame(frame.centre, middle.clamp(1e-100, 1e100))
 
 
+def _as_it_is(_: Any, value: Tensor, frame: Frame) -> Tensor:
+    """Of values between 0 and 1: they are standard coordinates."""
+    return value
+
+
+def _above_minus_one(_: Any, b: Tensor) -> Tensor:
+    return (b > -1).all(0)
+
+
 @dataclass(frozen=True)
 class Beta:
     """f(t) = b_1 log t + b_2 log(1 - t): Beta(b_1 + 1, b_2 + 1)."""
@@ -227,14 +236,8 @@ class Beta:
     def statistics(self, t: Tensor) -> Tensor:
         return torch.stack([t.log(), torch.log1p(-t)])
 
-    def to_standard(self, v: Tensor, frame: Frame) -> Tensor:
-        return v
-
-    def to_value(self, t: Tensor, frame: Frame) -> Tensor:
-        return t
-
-    def proper(self, b: Tensor) -> Tensor:
-        return (b > -1).all(0)
+    to_standard = to_value = _as_it_is
+    proper = _above_minus_one
 
     def draw(self, b: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
         t = torch.softmax(log_gammas(b + 1), 0)[0]
@@ -258,14 +261,8 @@ class Dirichlet:
     def statistics(self, t: Tensor) -> Tensor:
         return t.log().movedim(-1, 0)
 
-    def to_standard(self, v: Tensor, frame: Frame) -> Tensor:
-        return v
-
-    def to_value(self, t: Tensor, frame: Frame) -> Tensor:
-        return t
-
-    def proper(self, b: Tensor) -> Tensor:
-        return (b > -1).all(0)
+    to_standard = to_value = _as_it_is
+    proper = _above_minus_one
 
     def draw(self, b: Tensor, frame: Frame) -> tuple[Tensor, Frame]:
         t = torch.softmax(log_gammas(b + 1), 0).clamp_min(TINY)

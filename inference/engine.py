@@ -23,7 +23,7 @@ from .density import Density
 from .diagnostics import diagnose
 from .posterior import Cost, Evidence, Posterior, Status
 from .problem import Problem, ProblemError
-from .registry import as_engine
+from .registry import as_engine, prepared
 from .settings import options
 from .statistics import all_finite
 
@@ -211,8 +211,7 @@ def _prepare(
     """The density, the engine sized to it, and why it cannot run there, in words."""
     if dtype not in (None, torch.float32, torch.float64):
         raise ProblemError(f"dtype={dtype!r}: expected torch.float64, torch.float32 or None.")
-    prepare = getattr(engine, "prepare", None)  # an engine may bring a guide of its own
-    density = Density(prepare(problem) if prepare else problem, device=device, dtype=dtype, backend=backend)
+    density = Density(prepared(engine, problem), device=device, dtype=dtype, backend=backend)
     if dtype == torch.float32:
         density.notes.append("computed in float32")
     if parameters is not None:

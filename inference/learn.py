@@ -15,7 +15,7 @@ from .engine import Run, check_problem, finish, isolated, measured, no_density, 
 from .learning import Learned, Trail, TrailWriter, check_learnable
 from .posterior import Cost, Posterior, Status
 from .problem import Problem
-from .registry import as_learner
+from .registry import as_learner, prepared
 from .settings import options
 
 
@@ -69,9 +69,8 @@ def learn(
     method: Learner = as_learner(learner)
     check_problem(problem)
     with isolated(seed, device):
-        prepare = getattr(method, "prepare", None)
         density = Density(
-            prepare(problem) if prepare else problem,
+            prepared(method, problem),
             device=device,
             dtype=getattr(method, "dtype", None),
             learning=True,

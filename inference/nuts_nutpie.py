@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .chains import Chain, Plan, Tuning, cut_alike
+from .chains import Chain, ChainPlan, Tuning, cut_alike
 from .compile import Compiled
 from .density import Density
 from .engine import EngineError, Run
@@ -58,7 +58,7 @@ int64_t pyrometer_counted(uint64_t dim, double* x, double* gradient, double* val
 
 
 def sample(
-    density: Density, compiled: Compiled, starts: Tensor, tuned: Tuning | None, run: Run, plan: Plan
+    density: Density, compiled: Compiled, starts: Tensor, tuned: Tuning | None, run: Run, plan: ChainPlan
 ) -> list[Chain]:
     """Run a chain from each of `starts` (C, *batch, D), with what was tuned before or after a warm-up.
 
@@ -82,7 +82,7 @@ class _Runner:
     """The chains of one run: their threads, what they report, and what stops them."""
 
     def __init__(
-        self, density: Density, compiled: Compiled, start: Tensor, plan: Plan, tuned: Tuning | None, run: Run
+        self, density: Density, compiled: Compiled, start: Tensor, plan: ChainPlan, tuned: Tuning | None, run: Run
     ) -> None:
         self.density, self.compiled, self.plan, self.tuned, self.run = density, compiled, plan, tuned, run
         self.value_and_grad = density.compiled_value_and_grad(start)

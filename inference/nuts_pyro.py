@@ -13,12 +13,12 @@ import torch
 from pyro.infer import mcmc
 from torch import Tensor
 
-from .chains import Chain, Plan, Tuning
+from .chains import Chain, ChainPlan, Tuning
 from .density import Density
 from .engine import Run, seed_all
 
 
-def sample(density: Density, starts: Tensor, tuned: Tuning | None, run: Run, plan: Plan) -> list[Chain]:
+def sample(density: Density, starts: Tensor, tuned: Tuning | None, run: Run, plan: ChainPlan) -> list[Chain]:
     """Run a chain from each of `starts` (C, *batch, D), with what was tuned before or after a warm-up.
 
     On Ctrl-C what is there is returned, if any chain has a draw after its warm-up and the run stands alone.
@@ -42,7 +42,7 @@ def sample(density: Density, starts: Tensor, tuned: Tuning | None, run: Run, pla
     return chains
 
 
-def _kernel(value_and_grad: Any, start: Tensor, tuned: Tuning | None, plan: Plan, c: int) -> mcmc.NUTS:
+def _kernel(value_and_grad: Any, start: Tensor, tuned: Tuning | None, plan: ChainPlan, c: int) -> mcmc.NUTS:
     def potential(position: dict[str, Tensor]) -> Tensor:
         return _Potential.apply(position["u"], value_and_grad, start.shape)
 
@@ -58,7 +58,7 @@ def _kernel(value_and_grad: Any, start: Tensor, tuned: Tuning | None, plan: Plan
     return kernel
 
 
-def _warm_up(kernel: Any, tuned: Tuning | None, run: Run, plan: Plan, c: int) -> dict[str, Tensor]:
+def _warm_up(kernel: Any, tuned: Tuning | None, run: Run, plan: ChainPlan, c: int) -> dict[str, Tensor]:
     position = kernel.initial_params
     if tuned:
         kernel.setup(0)
@@ -74,7 +74,13 @@ def _warm_up(kernel: Any, tuned: Tuning | None, run: Run, plan: Plan, c: int) ->
 
 
 def _draw(
-    kernel: Any, position: dict[str, Tensor], density: Density, run: Run, plan: Plan, c: int, rows: dict[str, list[Any]]
+    kernel: Any,
+    position: dict[str, Tensor],
+    density: Density,
+    run: Run,
+    plan: ChainPlan,
+    c: int,
+    rows: dict[str, list[Any]],
 ) -> None:
     for step in range(plan.num_samples):
         divergences, accepted = len(kernel._divergences), kernel._mean_accept_prob

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
-from .problem import ProblemError
+from .problem import Problem, ProblemError
 
 
 def engines() -> dict[str, type]:
@@ -41,6 +41,12 @@ def as_engine(engine: Any) -> Any:
 def as_learner(learner: Any) -> Any:
     """A learner from an instance, a class or a name."""
     return _instance(learner, find_learner, "fit", "learner")
+
+
+def prepared(method: Any, problem: Problem) -> Problem:
+    """The problem as a method runs it: an engine may bring a guide of its own, and so a learner by its E-step."""
+    prepare = getattr(method, "prepare", None)
+    return prepare(problem) if prepare else problem
 
 
 def _instance(method: Any, find: Callable[[str], type], verb: str, word: str) -> Any:

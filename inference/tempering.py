@@ -42,7 +42,7 @@ def seed_of(run: Run, index: int) -> int:
 
 
 @dataclass(frozen=True)
-class Plan:
+class PathPlan:
     """How particles are carried.
 
     betas        temperatures from 0 to 1 for all data, or None: chosen for each datum by `criterion`
@@ -109,7 +109,7 @@ def per_datum_variance(u: Tensor, weights: Tensor) -> Tensor:
     return (weights[..., None] * (u - centre).square()).sum(0)
 
 
-def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Plan) -> tuple[Point, Carried]:
+def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: PathPlan) -> tuple[Point, Carried]:
     """Where the lanes that stand there are at the end of the path, and what is told of them. key (W,) for moves,
     datum_key (G,) for resampling."""
     S, G, D = bound.count, bound.data, point.u.shape[1]
@@ -225,7 +225,7 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
     return shaped.gather(0, expanded).reshape(values.shape)
 
 
-def _next(beta: Tensor, log_w: Tensor, change: Callable[[Tensor], Tensor], plan: Plan) -> Tensor:
+def _next(beta: Tensor, log_w: Tensor, change: Callable[[Tensor], Tensor], plan: PathPlan) -> Tensor:
     """The next temperature of each datum (G,), by bisection; `change` maps one to the log increments (S, G)."""
 
     def too_far(to: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from torch import Tensor
 from pyrometer.inference import EM, NUTS, Posterior, Problem, ProblemError, chains, infer, learn, nuts_pyro
 from pyrometer.inference import nutpie_private as private
 from pyrometer.inference import nuts_nutpie as rust
-from pyrometer.inference.chains import Chain, Plan, Tuning, cut_alike, far_below
+from pyrometer.inference.chains import Chain, ChainPlan, Tuning, cut_alike, far_below
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import EngineError, Run
 from pyrometer.inference.starts import starts
@@ -86,14 +86,14 @@ def normal(x: np.ndarray) -> Value:
     return -0.5 * float(x @ x), -x
 
 
-def plan(draws: int = 50, warmup: int = 100, low_rank: bool = False, depth: int = 10) -> Plan:
-    return Plan(draws, warmup, 0.8, depth, low_rank)
+def plan(draws: int = 50, warmup: int = 100, low_rank: bool = False, depth: int = 10) -> ChainPlan:
+    return ChainPlan(draws, warmup, 0.8, depth, low_rank)
 
 
 def sampled(
     function: Callable[[np.ndarray], Value] = normal,
     start: Tensor | None = None,
-    how: Plan | None = None,
+    how: ChainPlan | None = None,
     *,
     native: bool = True,
     tuned: Tuning | None = None,
@@ -258,7 +258,7 @@ def test_the_step_size_is_tuned_to_the_acceptance_that_is_asked_for(native):
     """Mean acceptance of 4 x 200 draws after 300 of warm-up, 20 normals: within 0.06 of what is asked for."""
     begin = torch.ones((4, 20), dtype=F64)
     for target in (0.6, 0.95):
-        kept, _, _ = sampled(start=begin, how=Plan(200, 300, target, 10, False), native=native)
+        kept, _, _ = sampled(start=begin, how=ChainPlan(200, 300, target, 10, False), native=native)
         assert float(torch.stack([c.stats["acceptance_rate"] for c in kept]).mean()) == pytest.approx(target, abs=0.06)
 
 
@@ -713,7 +713,7 @@ def test_an_interrupted_e_step_ends_the_learning(backend, ctrl_c, monkeypatch):
         if len(looks) == 3:  # draws are there by then
             signal.raise_signal(signal.SIGINT)
 
-    def draw(kernel: Any, position: Any, density: Any, run: Any, plan: Plan, *rest: Any) -> None:
+    def draw(kernel: Any, position: Any, density: Any, run: Any, plan: ChainPlan, *rest: Any) -> None:
         drawn(kernel, position, density, run, replace(plan, num_samples=3), *rest)
         signal.raise_signal(signal.SIGINT)
 

@@ -162,7 +162,7 @@ def test_the_next_temperature_leaves_the_share_that_was_asked_for(criterion):
     def change(to: Tensor) -> Tensor:
         return (to - torch.from_numpy(beta)) * torch.from_numpy(delta)
 
-    plan = tempering.Plan(criterion=criterion, target=0.6)
+    plan = tempering.PathPlan(criterion=criterion, target=0.6)
     found = tempering._next(torch.from_numpy(beta), torch.from_numpy(np.log(w)), change, plan)
 
     def share(to: float, k: int) -> float:
@@ -190,17 +190,17 @@ def carried(copies, plan, count=100):
 
 
 def test_what_is_known_of_a_particle_moves_with_it():
-    _, point, (values, gradients) = carried(correlated(7), tempering.Plan(policy="always", moves=1, exactly=True))
+    _, point, (values, gradients) = carried(correlated(7), tempering.PathPlan(policy="always", moves=1, exactly=True))
     torch.testing.assert_close(point.values, values, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(point.gradients, gradients, rtol=1e-9, atol=1e-9)
 
 
 def test_the_last_weights_are_kept_and_normalised():
-    answer, _, _ = carried(correlated(7), tempering.Plan(policy="always"))
+    answer, _, _ = carried(correlated(7), tempering.PathPlan(policy="always"))
     torch.testing.assert_close(answer.log_weights.exp().sum(0), torch.ones(7, dtype=F64))
     assert bool((answer.log_weights.std(0) > 1e-6).all())
     assert bool((answer.ancestors_left < 80).all())
-    answer, _, _ = carried(correlated(7), tempering.Plan(policy="never"))
+    answer, _, _ = carried(correlated(7), tempering.PathPlan(policy="never"))
     assert bool((answer.ancestors_left == 100).all())
     assert bool((1 / answer.log_weights.exp().square().sum(0) < 60).all())
 

@@ -32,7 +32,7 @@ from ..posterior import Evidence, evidence_from_weights
 from ..problem import Problem, ProblemError
 from ..registry import as_engine
 from ..settings import check_choice, settings
-from ..tempering import Plan, Tuning, added, carry, seed_of
+from ..tempering import PathPlan, Tuning, added, carry, seed_of
 from ..twin import twin
 
 SCHEDULES = ("adaptive", "sigmoid", "linear")
@@ -135,7 +135,7 @@ class AnnealedImportance:
         if self.schedule != "adaptive":
             stages = min(self.num_temperatures, PILOT_STAGES)
             betas = torch.tensor([self.given_beta(k / stages) for k in range(stages + 1)])
-        plan, found = Plan(betas, target=PILOT_ESS, at_start=True), []
+        plan, found = PathPlan(betas, target=PILOT_ESS, at_start=True), []
         for data, ids, count in bound.groups():
             at = ids.to(u.device)
             _, carried = carry(bound, bound.point(u[at]), key[at], datum_key[data.to(u.device)], plan)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from .. import mcmc, nutpie_private, nuts_nutpie, nuts_pyro, recorded
-from ..chains import Plan, Tuning, answer
+from ..chains import ChainPlan, Tuning, answer
 from ..density import Density
 from ..engine import Draws, Run
 from ..problem import ProblemError
@@ -90,7 +90,7 @@ class NUTS:
         compiled = density.compiled(points[0])
         if compiled.why:
             notes.append(f"the density runs as {compiled.backend}, which is slower: {compiled.why}")
-        plan = Plan(
+        plan = ChainPlan(
             self.num_samples,
             self.warmup_steps,
             self.target_acceptance,

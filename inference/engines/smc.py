@@ -31,7 +31,7 @@ from ..posterior import Evidence
 from ..problem import ProblemError
 from ..resampling import POLICIES, SCHEMES
 from ..settings import check_choice, check_share, settings
-from ..tempering import Carried, Plan, carry, seed_of
+from ..tempering import Carried, PathPlan, carry, seed_of
 
 CRITERIA = ("cess", "ess")
 FEW_FAMILIES = 10
@@ -82,10 +82,10 @@ class SMC:
     def supports(self, density: Density) -> str:
         return why_not_start(density, self.start)
 
-    def plan(self) -> Plan:
+    def plan(self) -> PathPlan:
         steps = self.num_temperatures
         betas = None if steps is None else (torch.arange(steps + 1, dtype=torch.float64) / steps) ** 3
-        return Plan(
+        return PathPlan(
             betas, self.criterion, self.target_ess, self.resampling, self.policy, self.threshold,
             self.num_moves or self.max_moves, self.num_moves is not None,
         )  # fmt: skip

@@ -31,7 +31,7 @@ from ..learning import Learned, Trail, TrailWriter, expected_log_joint, flat_dra
 from ..posterior import gathered
 from ..preflight import check_minibatch
 from ..problem import Problem, ProblemError
-from ..registry import as_engine
+from ..registry import as_engine, prepared
 from ..settings import check_optimizer, check_positive, settings
 
 FALL = 1e-9  # of the log likelihood, relative: what rounding may take from an exact EM step
@@ -91,8 +91,7 @@ class EM:
             raise ProblemError("EM(num_starts=...) compares starts by all data: use batch_size=None.")
 
     def prepare(self, problem: Problem) -> Problem:
-        prepare = getattr(as_engine(self.e_step), "prepare", None) if self.e_step is not None else None
-        return prepare(problem) if prepare else problem
+        return problem if self.e_step is None else prepared(as_engine(self.e_step), problem)
 
     def supports(self, density: Density) -> str:
         if not density.latents:

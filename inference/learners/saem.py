@@ -25,7 +25,7 @@ from ..engines.hmc import HMC
 from ..learning import Learned, TrailWriter, flat_draws, make_optimizer
 from ..memory import MOST, Memory
 from ..problem import Problem, ProblemError
-from ..registry import as_engine
+from ..registry import as_engine, prepared
 from ..settings import check_choice, check_optimizer, check_positive, settings
 
 STUCK = 0.1  # a mean acceptance below which chains hardly move
@@ -71,8 +71,7 @@ class SAEM:
             as_engine(self.e_step)
 
     def prepare(self, problem: Problem) -> Problem:
-        prepare = getattr(as_engine(self.e_step), "prepare", None) if self.e_step is not None else None
-        return prepare(problem) if prepare else problem
+        return problem if self.e_step is None else prepared(as_engine(self.e_step), problem)
 
     def supports(self, density: Density) -> str:
         if not density.latents:
