@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .accuracy import Weighted
 from .chain_diagnostics import judge_chains
 from .statistics import all_finite
 from .weight_diagnostics import NEW_GUIDE, NEW_PROPOSAL, judge_exact, judge_independent, judge_weighted
 from .words import Finding, element, unravel
+
+if TYPE_CHECKING:
+    from .engine import Draws
 
 LEVELS = ("good", "unknown", "caution", "bad")  # from best to worst
 
@@ -67,30 +69,17 @@ class OverData:
         return cls((low, middle, high), tuple((tuple(unravel(int(i), figure.shape)), float(flat[i])) for i in order))
 
 
-def diagnose(
-    draws: Mapping[str, Tensor],
-    log_weights: Tensor | None = None,
-    kind: str = "mcmc",
-    sample_stats: Mapping[str, Tensor] | None = None,
-    batch_shape: tuple[int, ...] = (),
-    notes: tuple[str, ...] = (),
-    guide_log_ratio: Tensor | None = None,
-    deterministic: bool = False,
-    alarms: tuple[str, ...] = (),
-    exact: bool = False,
-    unknown: str = "",
-    adjusted: Weighted | None = None,
-) -> Diagnostics:
-    """Judge draws by what can be known for their kind.
+def diagnose(answer: Draws, batch_shape: tuple[int, ...] = (), notes: tuple[str, ...] = ()) -> Diagnostics:
+    """Judge what an engine answered by what can be known for its kind.
 
     mcmc      r_hat (largest), ess_bulk and ess_tail (smallest), divergences, e_bfmi (smallest); where the batch has
               several data, r_hat_, ess_bulk_, ess_tail_ and divergences_per_datum (*batch) too, and the verdict goes
               by the share of the data that are beyond a threshold, since among many some are by chance
     weighted  ess (Kish: smallest over the batch), ess_median, k_hat (largest), k_hat_threshold, k_hat_high (share of
-              the batch above it), of `guide_log_ratio` where it is given: the weights before smoothing, since k-hat
+              the batch above it), of `log_ratio` where it is given: the weights before smoothing, since k-hat
               of smoothed weights is too small; with `deterministic` (every state listed, a quadrature rule) none:
               the weights are then exact, not drawn
-    iid       num_draws and, with `guide_log_ratio` = log p(x, z) - log q(z), the figures of 'weighted'
+    iid       num_draws and, with `log_ratio` = log p(x, z) - log q(z), the figures of 'weighted'
     point     num_draws, 1, a caution: a point has no spread, and says nothing on how good it is
     With `exact` independent draws are the posterior's own, and num_draws (smallest over the batch) is what there is to
     judge: those of weight zero are none.
@@ -98,7 +87,7 @@ def diagnose(
     `accuracy`); guides, and draws with others at hand that were `adjusted` to the data, moment_shift, the largest that
     means or sds move by weighting or adjusting them.
 
-    draws: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and guide_log_ratio: (S, *batch), in nats;
+    values: site -> (C, S, *batch, *event); log_weights: (C, S, *batch) and log_ratio: (S, *batch), in nats;
     alarms: what the engine itself saw that speaks against its answer; each is a caution, and their number a figure.
     unknown: what no figure tells.
     sample_stats: (C, S, ...) by arviz's names, of which `diverging` and `energy` are used. A figure that is not to
@@ -110,29 +99,28 @@ def diagnose(
     k-hat < min(1 - 1 / log10 S, 0.7) (Vehtari et al. 2024, https://arxiv.org/abs/1507.02646); likely error < 0.2 sd.
     """
     figures: dict[str, Any] = {}
-    dims = len(batch_shape)
-    if not draws or any(0 in values.shape[:2] for values in draws.values()):
+    dims, values, kind = len(batch_shape), answer.values, answer.kind
+    if not values or any(0 in value.shape[:2] for value in values.values()):
         findings = [("bad", "there are no draws")]
-    elif findings := _not_finite(draws):
+    elif findings := _not_finite(values):
         pass  # figures of broken draws would only repeat the news
-    elif exact:
-        figures, findings = judge_exact(draws, log_weights, dims)
+    elif answer.exact:
+        figures, findings = judge_exact(answer, dims)
     elif kind == "mcmc":
-        figures, findings = judge_chains(draws, sample_stats or {}, dims)
+        figures, findings = judge_chains(values, answer.sample_stats, dims)
     elif kind == "weighted":
-        if log_weights is None:
-            raise ValueError("kind 'weighted' needs log_weights, (C, S, *batch).")
-        figures, findings = judge_weighted(draws, log_weights, guide_log_ratio, deterministic, adjusted, dims)
+        figures, findings = judge_weighted(answer, dims)
     elif kind == "iid":
-        figures, findings = judge_independent(draws, guide_log_ratio, adjusted, dims)
+        figures, findings = judge_independent(answer, dims)
     elif kind == "point":
         figures = {"num_draws": 1}
         findings = [("caution", "one point: it has no spread, and nothing here tells how good it is")]
     else:
         raise ValueError(f"kind {kind!r}: expected 'mcmc', 'iid', 'weighted' or 'point'.")
-    figures |= {"alarms": len(alarms)} if alarms else {}
-    findings = [*findings, *(("caution", alarm) for alarm in alarms)] or [("unknown", "nothing here can be judged")]
-    findings += [("unknown", unknown)] if unknown else []
+    figures |= {"alarms": len(answer.alarms)} if answer.alarms else {}
+    findings = [*findings, *(("caution", alarm) for alarm in answer.alarms)]
+    findings = findings or [("unknown", "nothing here can be judged")]
+    findings += [("unknown", answer.unknown)] if answer.unknown else []
     level = max((level for level, _ in findings), key=LEVELS.index)
     told = sorted(
         (finding for finding in findings if finding[0] != "good" or level == "good"),

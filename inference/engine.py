@@ -289,20 +289,9 @@ def finish(draws: Draws | None, density: Density, status: Status, cost: Cost, me
     missing = [name for name in density.latents if name not in values]
     if missing:
         notes.append(f"summed out exactly, not drawn: {', '.join(missing)}")
-    diagnostics = diagnose(
-        {name: value for name, value in values.items() if name in density.latents},
-        log_weights,
-        draws.kind,
-        stats,
-        common["batch_shape"],
-        notes=tuple(notes),
-        guide_log_ratio=draws.log_ratio,
-        deterministic=draws.deterministic,
-        exact=draws.exact,
-        unknown=draws.unknown,
-        alarms=draws.alarms,
-        adjusted=draws.adjusted,
-    )
+    latents = {name: value for name, value in values.items() if name in density.latents}
+    judged = replace(draws, values=latents, log_weights=log_weights, sample_stats=stats)
+    diagnostics = diagnose(judged, common["batch_shape"], tuple(notes))
     return Posterior(
         values,
         log_weights,

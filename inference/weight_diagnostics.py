@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .accuracy import Weighted, judged_by, of_draws
+from .accuracy import judged_by, of_draws
 from .statistics import k_hat_threshold, psis
 from .words import Finding, Judgement, both, datum, level_by
+
+if TYPE_CHECKING:
+    from .engine import Draws
 
 KISH_CAUTION, KISH_BAD = 20, 5  # draws that carry the weight
 K_HAT_BAD = 1.0
@@ -23,31 +25,29 @@ ADJUSTED = "adjusting the draws to the observed data"
 SMALLER_TOLERANCE = "the tolerance is too large, take more simulations, or regression=True"
 
 
-def judge_weighted(
-    draws: Mapping[str, Tensor], log_weights: Tensor, guide_log_ratio: Tensor | None, deterministic: bool,
-    adjusted: Weighted | None, batch_dims: int,
-) -> Judgement:  # fmt: skip
-    """Of weighted draws: log_weights (C, S, *batch); of smoothed ones by the raw ones, guide_log_ratio (S, *batch)."""
-    weights = log_weights.flatten(0, 1)
+def judge_weighted(answer: Draws, batch_dims: int) -> Judgement:
+    """Of weighted draws: log_weights (C, S, *batch); of smoothed ones by the raw ones, log_ratio (S, *batch)."""
+    if answer.log_weights is None:
+        raise ValueError("kind 'weighted' needs log_weights, (C, S, *batch).")
+    weights, ratio = answer.log_weights.flatten(0, 1), answer.log_ratio
     if findings := _no_weight(weights):
         return {}, findings
-    if deterministic:
+    if answer.deterministic:
         return {}, [("good", "the weights are computed, not drawn: no sampling error")]
-    figures, findings, _ = _weighted(weights if guide_log_ratio is None else guide_log_ratio, NEW_PROPOSAL)
-    return both((figures, findings), _held_against((draws, log_weights), adjusted, batch_dims))
+    figures, findings, _ = _weighted(weights if ratio is None else ratio, NEW_PROPOSAL)
+    return both((figures, findings), _held_against(answer, batch_dims))
 
 
-def judge_independent(
-    draws: Mapping[str, Tensor], guide_log_ratio: Tensor | None, adjusted: Weighted | None, batch_dims: int
-) -> Judgement:
-    """Of equally weighted draws; guide_log_ratio (S, *batch) tells how far their guide is from the posterior."""
+def judge_independent(answer: Draws, batch_dims: int) -> Judgement:
+    """Of equally weighted draws; log_ratio (S, *batch) tells how far their guide is from the posterior."""
+    draws, ratio = answer.values, answer.log_ratio
     chains, samples = next(iter(draws.values())).shape[:2]
     figures = {"num_draws": chains * samples}
-    if guide_log_ratio is None:
+    if ratio is None:
         text = f"{chains * samples} independent draws, but nothing here tells how far they are from the posterior"
-        return both((figures, [("unknown", text)]), _held_against((draws, None), adjusted, batch_dims))
-    of_guide, findings, smoothed = _weighted(guide_log_ratio, NEW_GUIDE)
-    nowhere = (guide_log_ratio == -math.inf).double().mean(0)
+        return both((figures, [("unknown", text)]), _held_against(answer, batch_dims))
+    of_guide, findings, smoothed = _weighted(ratio, NEW_GUIDE)
+    nowhere = (ratio == -math.inf).double().mean(0)
     if bool((nowhere > 0).any()):
         share = f"{float(nowhere.max()):.0%} of the draws have no density{datum(nowhere.argmax(), nowhere.shape)}"
         findings = [("bad", f"{share}, so the ELBO is minus infinity: the guide leaves the support"), *findings]
@@ -58,10 +58,10 @@ def judge_independent(
     return both(judged, judged_by(found, WEIGHTED, NEW_GUIDE))
 
 
-def judge_exact(draws: Mapping[str, Tensor], log_weights: Tensor | None, batch_dims: int) -> Judgement:
+def judge_exact(answer: Draws, batch_dims: int) -> Judgement:
     """Of draws of the posterior itself: their number is what there is to judge, those of weight zero are none."""
-    values = next(iter(draws.values()))
-    count = values.shape[0] * values.shape[1]
+    draws, log_weights = answer.values, answer.log_weights
+    count = next(iter(draws.values())).shape[:2].numel()
     if log_weights is not None:
         count = int((log_weights.flatten(0, 1) > -math.inf).sum(0).min())
     level = level_by(count > KISH_CAUTION, count <= KISH_BAD)
@@ -116,5 +116,6 @@ def _no_weight(log_weights: Tensor) -> list[Finding]:
     ]
 
 
-def _held_against(answer: Weighted, adjusted: Weighted | None, batch_dims: int) -> Judgement:
-    return judged_by(of_draws(answer, adjusted, batch_dims), ADJUSTED if adjusted else "", SMALLER_TOLERANCE)
+def _held_against(answer: Draws, batch_dims: int) -> Judgement:
+    accuracy = of_draws((answer.values, answer.log_weights), answer.adjusted, batch_dims)
+    return judged_by(accuracy, ADJUSTED if answer.adjusted else "", SMALLER_TOLERANCE)

@@ -12,6 +12,7 @@ import torch
 from pyrometer.inference import ABC, Problem, accuracy, infer
 from pyrometer.inference.accuracy import CAUTION, SURE, of_chains, of_draws
 from pyrometer.inference.diagnostics import diagnose
+from pyrometer.inference.engine import Draws
 
 REPEATS = 300
 # of 300 runs 30 +- 5.2 are above the likely error: 4.9 sds either side is a false alarm of 1e-6, and sees a noise that
@@ -77,7 +78,7 @@ def guide(mean, sd, samples=1000, seed=0):
     noise = draw(samples, 2, seed=seed)
     z = mean + sd * noise
     ratio = (-0.5 * z.square() + 0.5 * noise.square()).sum(-1) + 2 * math.log(sd)
-    return diagnose({"z": z[None]}, kind="iid", guide_log_ratio=ratio)
+    return diagnose(Draws({"z": z[None]}, "iid", log_ratio=ratio))
 
 
 def test_the_exact_guide_never_alarms():
@@ -113,7 +114,7 @@ def test_the_mean_field_guide_under_correlation_always_alarms():
         a, b = z.unbind(-1)
         quadratic = (a.square() + b.square() - 1.8 * a * b) / 0.19
         ratio = -0.5 * quadratic - 0.5 * math.log(0.19) + 0.5 * z.square().sum(-1) / 0.19 + math.log(0.19)
-        found = diagnose({"z": z[None]}, kind="iid", guide_log_ratio=ratio)
+        found = diagnose(Draws({"z": z[None]}, "iid", log_ratio=ratio))
         assert found.level != "good"
         assert found["likely_error"] > CAUTION
         assert found["moment_shift"] > 0.1
@@ -138,7 +139,7 @@ def test_particles_of_few_ancestors_or_one():
     z = draw(1, 3, 2, seed=0)[:, torch.arange(999) % 3]
     few = of_draws(({"z": z}, None))
     assert few.likely > 0.5  # independent draws would say 0.06
-    one = diagnose({"z": z[:, :1].expand(1, 999, 2)}, torch.zeros(1, 999), "weighted")
+    one = diagnose(Draws({"z": z[:, :1].expand(1, 999, 2)}, "weighted", torch.zeros(1, 999)))
     assert one["likely_error"] == math.inf
     assert one.level == "bad"
     factor = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=z.dtype).expand(1, 999, 2, 2).clone()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from pyrometer.inference.diagnostics import diagnose
+from pyrometer.inference.engine import Draws
 from pyrometer.inference.statistics import psis
 
 with warnings.catch_warnings():
@@ -20,6 +21,10 @@ with warnings.catch_warnings():
 C, S = 4, 1000
 
 
+def judged(values, kind="mcmc", batch_shape=(), notes=(), **told):
+    return diagnose(Draws(values, kind, **told), batch_shape, notes)
+
+
 def good_chains(*shape, chains=C, samples=S, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(chains, samples, *shape, generator=generator, dtype=torch.float64)
@@ -27,7 +32,7 @@ def good_chains(*shape, chains=C, samples=S, seed=0):
 
 def test_good_chains_are_good():
     stats = {"diverging": torch.zeros(C, S, dtype=torch.bool), "energy": good_chains(seed=1)}
-    found = diagnose({"mu": good_chains(3), "tau": good_chains(seed=2).exp()}, sample_stats=stats, notes=("float64",))
+    found = judged({"mu": good_chains(3), "tau": good_chains(seed=2).exp()}, sample_stats=stats, notes=("float64",))
     assert found.level == "good"
     assert found["r_hat"] < 1.01
     assert found["ess_bulk"] > 3000
@@ -42,7 +47,7 @@ def test_good_chains_are_good():
 def test_figures_are_the_worst_over_all_scalars_and_the_verdict_names_where():
     mu = good_chains(2, 3)
     mu[0, :, 1, 2] += 0.4
-    found = diagnose({"fine": good_chains(seed=5), "mu": mu})
+    found = judged({"fine": good_chains(seed=5), "mu": mu})
     ours = {name: found[name] for name in ("r_hat", "ess_bulk", "ess_tail")}
     each = arviz.convert_to_dataset({"mu": mu.numpy()})
     assert ours["r_hat"] == pytest.approx(float(arviz.rhat(each)["mu"].max()), abs=1e-10)
@@ -107,7 +112,7 @@ def sluggish(mu):
 def test_broken_chains_are_bad(harm, told):
     mu = good_chains(3)
     harm(mu)
-    found = diagnose({"mu": mu, "fine": good_chains(seed=9)})
+    found = judged({"mu": mu, "fine": good_chains(seed=9)})
     assert found.level == "bad"
     assert told in found.verdict.split(";")[0]
     assert not found.figures.get("r_hat", math.nan) < 1.01
@@ -118,7 +123,7 @@ def test_an_r_hat_that_is_no_number_is_not_below_its_limit():
     """Chains that all jump once, half-way, from -1 to 1: no half varies, nor does the distance from the median."""
     values = torch.ones(4, 100, 1, dtype=torch.float64)
     values[:, :50] = -1
-    found = diagnose({"mu": values})
+    found = judged({"mu": values})
     assert found.level == "bad"
     assert "R-hat up to nan at mu[0] (should be < 1.01): chains disagree" in found.verdict
 
@@ -130,7 +135,7 @@ def test_slow_chains_are_told_to_draw_more():
     mu[:, 0] = good_chains(seed=1)[:, 0]
     for t in range(1, S):
         mu[:, t] = 0.95 * mu[:, t - 1] + noise[:, t]
-    found = diagnose({"mu": mu})
+    found = judged({"mu": mu})
     assert 40 < found["ess_bulk"] < 250
     assert f"bulk ESS down to {found['ess_bulk']:.0f} at mu (should be > 400): draw more" in found.verdict
     assert found.level in ("caution", "bad")
@@ -141,7 +146,7 @@ def test_the_worst_is_told_first():
     mu[0, :, 0] += 5.0
     diverging = torch.zeros(C, S, dtype=torch.bool)
     diverging[0, :3] = True
-    found = diagnose({"mu": mu}, sample_stats={"diverging": diverging})
+    found = judged({"mu": mu}, sample_stats={"diverging": diverging})
     parts = found.verdict.split("; ")
     assert parts[0].startswith("R-hat up to")
     assert "3 of 4000 transitions diverged" in parts[-1]
@@ -152,22 +157,22 @@ def test_the_worst_is_told_first():
 def test_divergences(count, level):
     diverging = torch.zeros(C, S, dtype=torch.bool)
     diverging.view(-1)[:count] = True
-    assert diagnose({"mu": good_chains()}, sample_stats={"diverging": diverging}).level == level
+    assert judged({"mu": good_chains()}, sample_stats={"diverging": diverging}).level == level
 
 
 def test_low_energy_fraction_is_a_caution_and_equals_arviz():
     energy = good_chains().cumsum(1)
-    found = diagnose({"mu": good_chains()}, sample_stats={"energy": energy})
+    found = judged({"mu": good_chains()}, sample_stats={"energy": energy})
     squares = np.square(np.diff(energy.numpy(), axis=1)).mean(1) / energy.numpy().var(1, ddof=1)
     assert found["e_bfmi"] == pytest.approx(squares.min(), rel=1e-10)
     assert found["e_bfmi"] < 0.3
     assert found.level == "caution"
     assert "E-BFMI" in found.verdict
-    assert diagnose({"mu": good_chains()}, sample_stats={"energy": torch.zeros(C, S)}).level == "caution"
+    assert judged({"mu": good_chains()}, sample_stats={"energy": torch.zeros(C, S)}).level == "caution"
 
 
 def test_one_chain_is_never_better_than_a_caution():
-    found = diagnose({"mu": good_chains(chains=1)})
+    found = judged({"mu": good_chains(chains=1)})
     assert found.level == "caution"
     assert "r_hat" not in found
     assert found["ess_bulk"] > 800
@@ -175,7 +180,7 @@ def test_one_chain_is_never_better_than_a_caution():
 
 
 def test_three_draws_are_too_few():
-    found = diagnose({"mu": good_chains(samples=3)})
+    found = judged({"mu": good_chains(samples=3)})
     assert (found.level, found.figures) == ("caution", {})
     assert "3 draws per chain are too few" in found.verdict
 
@@ -187,19 +192,19 @@ def cholesky_factors():
 
 def test_the_zeros_of_a_cholesky_factor_are_not_stuck():
     factor = cholesky_factors()
-    found = diagnose({"L": factor})
+    found = judged({"L": factor})
     assert found.level == "good"
     assert found["r_hat"] < 1.01
-    assert diagnose({"L": torch.eye(3).expand(C, S, 3, 3)}).level != "good"  # unless nothing of it moves
-    assert diagnose({"L": factor}, batch_shape=(3, 3)).level == "bad"  # nor are the scalars of nine data a matrix
+    assert judged({"L": torch.eye(3).expand(C, S, 3, 3)}).level != "good"  # unless nothing of it moves
+    assert judged({"L": factor}, batch_shape=(3, 3)).level == "bad"  # nor are the scalars of nine data a matrix
     factor[2, :, 1, 0] = 0.3
-    assert diagnose({"L": factor}).level == "bad"
+    assert judged({"L": factor}).level == "bad"
 
 
 def test_what_may_be_a_constant_of_the_model_is_a_caution():
     padded = torch.cat([torch.zeros(C, S, 1), good_chains(2)], -1)
     for draws in ({"mu": padded}, {"mu": good_chains(), "c": torch.full((C, S, 2), 0.37)}):
-        found = diagnose(draws)
+        found = judged(draws)
         assert found.level == "caution"
         assert "never moves in chain 0" in found.verdict
         assert "constant or stuck" in found.verdict
@@ -207,7 +212,7 @@ def test_what_may_be_a_constant_of_the_model_is_a_caution():
 
 
 def test_nothing_moves():
-    found = diagnose({"mu": torch.full((C, S, 2), 0.37), "tau": torch.full((C, S), 0.1)})
+    found = judged({"mu": torch.full((C, S, 2), 0.37), "tau": torch.full((C, S), 0.1)})
     assert found.level == "bad"
     assert math.isnan(found["r_hat"])
     assert "stuck" in found.verdict
@@ -216,7 +221,7 @@ def test_nothing_moves():
 def test_one_datum_that_stands_still_is_bad():
     z = good_chains(5)
     z[:, :, 3] = 0.0
-    found = diagnose({"z": z}, batch_shape=(5,))
+    found = judged({"z": z}, batch_shape=(5,))
     assert found.level == "bad"
     assert found.verdict.startswith("z[3] never moves in chain 0")
 
@@ -224,18 +229,18 @@ def test_one_datum_that_stands_still_is_bad():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bool])
 def test_discrete_draws_that_keep_one_value_are_a_caution(dtype):
     z = (good_chains(2) > torch.tensor([0.0, 9.0])).to(dtype)
-    found = diagnose({"z": z})
+    found = judged({"z": z})
     assert found.level == "caution"
     assert "z[1] never moves in chain 0: constant or stuck" in found.verdict
     assert found["r_hat"] < 1.01  # of z[0]
     apart = z.clone()
     apart[1, :, 1] = 1
-    assert diagnose({"z": apart}).level == "bad"
+    assert judged({"z": apart}).level == "bad"
 
 
 def test_no_draws_are_bad():
     for draws in ({}, {"mu": torch.zeros(4, 0, 3)}):
-        found = diagnose(draws)
+        found = judged(draws)
         assert (found.level, found.verdict) == ("bad", "there are no draws")
 
 
@@ -250,7 +255,7 @@ def normal_weights(sd, shape, seed=0):
 
 def weights(log_weights, **options):
     draws = {"z": torch.zeros(log_weights.shape)}
-    return diagnose(draws, log_weights, "weighted", batch_shape=tuple(log_weights.shape[2:]), **options)
+    return judged(draws, "weighted", log_weights=log_weights, batch_shape=tuple(log_weights.shape[2:]), **options)
 
 
 def test_light_weights_are_good():
@@ -304,10 +309,10 @@ def test_smoothed_weights_are_judged_by_the_raw_ones():
     u = torch.rand(100, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     raw = -1.2 * u.log()
     smoothed = psis(raw)[0]
-    found = weights(smoothed[None], guide_log_ratio=raw)
+    found = weights(smoothed[None], log_ratio=raw)
     assert found["k_hat"] == weights(raw[None])["k_hat"]
     assert found["k_hat_high"] > weights(smoothed[None])["k_hat_high"]
-    assert weights(torch.full((1, 100, 50), math.nan), guide_log_ratio=raw).level == "bad"
+    assert weights(torch.full((1, 100, 50), math.nan), log_ratio=raw).level == "bad"
 
 
 def test_weight_on_few_draws_is_told():
@@ -356,31 +361,31 @@ def test_exact_weights_have_no_sampling_error():
 
 def test_a_guide_is_judged_by_its_ratio_to_the_model():
     draws = {"z": good_chains(8, chains=1)}
-    unknown = diagnose(draws, kind="iid", batch_shape=(8,))
+    unknown = judged(draws, kind="iid", batch_shape=(8,))
     assert unknown.level == "unknown"
     assert unknown["num_draws"] == S
     assert unknown.figures.keys() == {"num_draws", "likely_error"}
-    close = diagnose(draws, kind="iid", batch_shape=(8,), guide_log_ratio=normal_weights(1.1, (S, 8))[0])
+    close = judged(draws, kind="iid", batch_shape=(8,), log_ratio=normal_weights(1.1, (S, 8))[0])
     assert close.level == "good"
     assert close["num_draws"] == S
-    narrow = diagnose(draws, kind="iid", batch_shape=(8,), guide_log_ratio=normal_weights(0.3, (S, 8))[0])
+    narrow = judged(draws, kind="iid", batch_shape=(8,), log_ratio=normal_weights(0.3, (S, 8))[0])
     assert narrow.level != "good"
     assert narrow["k_hat"] > 0.7
     assert narrow.verdict.count("the guide misses part of the posterior") == 1, "though k-hat and error both say so"
 
 
 def test_a_point_is_a_caution_and_a_broken_point_bad():
-    point = diagnose({"z": torch.zeros(1, 1, 3)}, kind="point")
+    point = judged({"z": torch.zeros(1, 1, 3)}, kind="point")
     assert (point.level, point.figures) == ("caution", {"num_draws": 1})
-    assert diagnose({"z": torch.full((1, 1, 3), math.nan)}, kind="point").level == "bad"
+    assert judged({"z": torch.full((1, 1, 3), math.nan)}, kind="point").level == "bad"
 
 
 def test_bad_calls_are_refused():
     draws = {"z": torch.zeros(1, 5)}
     with pytest.raises(ValueError, match="'weighted' needs log_weights"):
-        diagnose(draws, kind="weighted")
+        judged(draws, kind="weighted")
     with pytest.raises(ValueError, match="kind 'vi': expected"):
-        diagnose(draws, kind="vi")
+        judged(draws, kind="vi")
 
 
 def test_figures_over_data_are_told_by_quantiles_and_the_worst_data():
@@ -391,7 +396,7 @@ def test_figures_over_data_are_told_by_quantiles_and_the_worst_data():
     z[:, :, 0, 3] = z[:, :, 0, 3].cumsum(1)
     diverging = torch.zeros((4, 500, 2, 5), dtype=torch.bool)
     diverging[:, :7, 0, 1] = True
-    told = diagnose({"z": z}, sample_stats={"diverging": diverging}, batch_shape=(2, 5)).over_data(worst=2)
+    told = judged({"z": z}, sample_stats={"diverging": diverging}, batch_shape=(2, 5)).over_data(worst=2)
     assert list(told) == ["r_hat", "ess_bulk", "ess_tail", "divergences"]
     assert {index for index, _ in told["r_hat"].worst} == {(1, 2), (0, 3)}
     assert told["r_hat"].worst[0][1] > told["r_hat"].worst[1][1] > 1.01
@@ -400,6 +405,6 @@ def test_figures_over_data_are_told_by_quantiles_and_the_worst_data():
     low, middle, high = told["ess_bulk"].quantiles
     assert low < 100 < 1500 < middle < high
     assert told["ess_bulk"].quantiles == tuple(
-        float(diagnose({"z": z}, batch_shape=(2, 5))["ess_bulk_per_datum"].quantile(q)) for q in (0.05, 0.5, 0.95)
+        float(judged({"z": z}, batch_shape=(2, 5))["ess_bulk_per_datum"].quantile(q)) for q in (0.05, 0.5, 0.95)
     )
-    assert diagnose({"z": z[:, :, 0, 0]}).over_data() == {}
+    assert judged({"z": z[:, :, 0, 0]}).over_data() == {}
