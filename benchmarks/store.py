@@ -17,7 +17,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -201,21 +201,6 @@ def timeless(posterior: Posterior) -> Posterior:
     cost = posterior.cost
     counts = (cost.evaluations, cost.gradients, cost.tuning_evaluations, cost.tuning_gradients)
     return replace(posterior, cost=Cost(*counts, backend=cost.backend))
-
-
-def same_but_for_times(left: Any, right: Any) -> bool:
-    """Whether two records say the same, seconds, memory and machine apart."""
-    return _without_times(left) == _without_times(right)
-
-
-TIMES = ("seconds", "tuning_seconds", "compile_seconds", "peak_memory", "machine")
-
-
-def _without_times(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        kept: Callable[[str, Any], bool] = lambda key, item: key not in TIMES or isinstance(item, str)  # noqa: E731
-        return {key: _without_times(item) for key, item in value.items() if kept(key, item)}
-    return [_without_times(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _sync(folder: Path) -> None:

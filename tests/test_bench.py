@@ -21,6 +21,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from click.testing import CliRunner
+from records import same_but_for_times
 
 from pyrometer.benchmarks.bench import bench
 from pyrometer.benchmarks.cell import Budget
@@ -28,7 +29,7 @@ from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.comparison import compare
 from pyrometer.benchmarks.grid import LADDER, Grid, grid, named, selected
 from pyrometer.benchmarks.line import Line
-from pyrometer.benchmarks.store import RECORD, Store, same_but_for_times
+from pyrometer.benchmarks.store import RECORD, Store
 from pyrometer.benchmarks.task import tasks, thinned
 from pyrometer.inference import (
     EM,

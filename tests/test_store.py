@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from records import same_but_for_times
 
 from pyrometer.benchmarks.cell import Budget, Cell, Record
 from pyrometer.benchmarks.comparison import PerDatum, Row, Theta
 from pyrometer.benchmarks.facts import plain
 from pyrometer.benchmarks.metrics import Score
-from pyrometer.benchmarks.store import DRAWS, RECORD, Store, StoreError, same_but_for_times
+from pyrometer.benchmarks.store import DRAWS, RECORD, Store, StoreError
 from pyrometer.inference import Cost, Posterior, ProblemError, Status
 
 KEY = "0123456789abcdef" * 2

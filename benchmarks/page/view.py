@@ -23,7 +23,6 @@ from .verdicts import ends, short, time, verdict
 
 STYLE = style_of(120, False)
 LADDERS = 2  # metrics that have a curve
-WORST_LISTED = 5
 
 
 def block_view(folder: Path, block: Block, environments: Environments) -> dict[str, Any]:
