@@ -15,19 +15,17 @@ differs (control flow that depends on values) or cannot be made, the next serves
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from .problem import ProblemError
+from .rewrites import draws_apart, fold_constants, without_writes
 from .trace import TooLongError, Traced, TraceError, trace
 
 if TYPE_CHECKING:
@@ -160,7 +158,7 @@ def _without_gradients(function: Function) -> Function:
 def _trace(function: Function, examples: list[tuple[Tensor, ...]], moving: list[Tensor], limit: int) -> Traced:
     with _own_randomness(examples):
         traced = trace(function, examples[0], moving, limit=limit)
-        _fold_constants(traced, moving)
+        fold_constants(traced, moving)
     return traced
 
 
@@ -191,18 +189,18 @@ def _native(function: Function, examples: list[tuple[Tensor, ...]], moving: list
         return None, "not compiled: native code runs on the CPU only"
     try:
         graph = _trace(function, examples, moving, limit=LARGEST_NATIVE)
-        entangled = _without_writes(graph.graph)
+        entangled = without_writes(graph.graph)
         with _own_randomness(examples):
-            _fold_constants(graph, moving)
-            draws = _draws_apart(graph)
+            fold_constants(graph, moving)
+            draws = draws_apart(graph)
             if entangled or not lowered(graph.graph):
                 module = graph.module()
                 inputs = [*examples[0], *[draw() for draw in draws]]
                 with torch.no_grad():
                     pure = torch.func.functionalize(module) if entangled else module.forward
                     graph = trace(pure, inputs, moving, decompositions())
-                _fold_constants(graph, moving)
-        if fault := _without_writes(graph.graph):
+                fold_constants(graph, moving)
+        if fault := without_writes(graph.graph):
             return None, f"not compiled: {fault} writes to memory that others read"
         native = _Native(function, NativeFunction(graph, moving), draws)
     except TooLongError as error:
@@ -216,121 +214,6 @@ def _native(function: Function, examples: list[tuple[Tensor, ...]], moving: list
     if not _agrees(function, native, examples, moving):
         return None, "not compiled: native code disagrees with the program"
     return native, ""
-
-
-def _draws_apart(traced: Traced) -> list[Callable[[], Tensor]]:
-    """Make arguments of the graph's random numbers, where none depends on its other arguments: what draws them, in
-    order."""
-    graph = traced.graph
-    found = [n for n in graph.nodes if _draws(n)]
-    if any(_mutates(n) or any(i.op != "get_attr" for i in n.all_input_nodes) for n in found):
-        return []
-    draws: list[Callable[[], Tensor]] = []
-    last = next((n for n in reversed(graph.nodes) if n.op == "placeholder"), None)
-    for node in found:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda i: traced.tensors[str(i.target)])
-        draws.append(partial(node.target, *args, **kwargs))
-        with graph.inserting_after(last) if last else graph.inserting_before(None):
-            last = graph.placeholder(f"noise_{len(draws)}")
-        last.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(last)
-        graph.erase_node(node)
-    return draws
-
-
-def _without_writes(graph: torch.fx.Graph) -> str:
-    """Rewrite operations that write to their argument as ones that return the result; the name of one that could not
-    be, since something else still reads that memory. Raises `UnsupportedError` where it is memory that outlives the
-    call."""
-    from .native.lower import UnsupportedError
-
-    left = ""
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    for node in list(graph.nodes):
-        if not _mutates(node):
-            continue
-        schema = _schema(node)
-        name, source = schema.name.removeprefix("aten::"), node.args[0]
-        pure, overload = PURE.get(name, (name.rstrip("_"), node.target._overloadname))
-        twin = getattr(getattr(torch.ops.aten, pure, None), overload, None)
-        aliases = _aliases(source)
-        if any(alias.op in ("get_attr", "placeholder") for alias in aliases):
-            raise UnsupportedError(f"{name} writes to memory that outlives the call")
-        others = aliases - {node, source}
-        if twin is None or any(place[user] > place[node] for other in others for user in other.users):
-            left = left or name
-            continue
-        rest = [a for a in schema.arguments[len(node.args) :] if not a.kwarg_only and a.name not in node.kwargs]
-        node.args = (*node.args, *(a.default_value for a in rest))
-        node.target = twin
-        source.replace_all_uses_with(node, delete_user_cb=lambda user, at=place[node]: place[user] > at)
-    return left
-
-
-PURE = {"normal_": ("normal_functional", "default"), "bernoulli_": ("bernoulli", "p")}
-
-
-def _aliases(node: Node) -> set[Node]:
-    """The nodes that may share memory with this one."""
-    found: set[Node] = set()
-    stack = [node]
-    while stack:
-        n = stack.pop()
-        if isinstance(n, Node) and n not in found:
-            found.add(n)
-            stack += [u for u in n.users if _is_view(u)]
-            if _is_view(n):
-                stack.append(n.args[0])  # type: ignore[arg-type]
-    return found
-
-
-def _is_view(node: Node) -> bool:
-    if node.op != "call_function":
-        return False
-    schema = _schema(node)
-    return schema is None or any(r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
-
-
-def _fold_constants(traced: Traced, moving: list[Tensor]) -> None:
-    """Compute once what depends on no argument, no moving tensor and no random number; drop what nobody reads."""
-    graph, live = traced.graph, {id(t) for t in moving}
-    written = {a for node in graph.nodes if _mutates(node) for i in node.all_input_nodes for a in _aliases(i)}
-    known: dict[Node, Any] = {}
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            value = traced.tensors[node.target]
-            if id(value) not in live:
-                known[node] = value
-        elif (
-            node.op == "call_function"
-            and node not in written
-            and not _draws(node)
-            and not _mutates(node)
-            and all(i in known for i in node.all_input_nodes)
-        ):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda i: known[i])
-            known[node] = node.target(*args, **kwargs)
-    for node, value in known.items():
-        if node.op != "get_attr" and isinstance(value, Tensor) and any(user not in known for user in node.users):
-            with graph.inserting_before(node):
-                folded = graph.get_attr(traced.constant(value.detach().clone()))
-            folded.meta["val"] = node.meta["val"]
-            node.replace_all_uses_with(folded)
-        elif value is None:  # a check of constants, which has passed
-            graph.erase_node(node)
-    graph.eliminate_dead_code()
-
-
-def _schema(node: Node) -> Any:
-    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
-
-
-def _mutates(node: Node) -> bool:
-    return _schema(node) is not None and _schema(node).is_mutable
-
-
-def _draws(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
 
 
 @contextmanager
@@ -365,26 +248,22 @@ def _agrees(function: Function, other: Any, examples: list[tuple[Tensor, ...]], 
     Alike: equal up to rounding. In float32 rounding now and then takes the other side of a kink (a ReLU), so there a
     minority of the comparisons may be loose.
     """
-    distances = []
     with _own_randomness(examples):
-        for args in examples:
-            distances += _distances(function, other, args)
+        found = [_compared(function, other, args) for args in examples]
         for sign in (-1.0, 1.0, 5.0):
             with _moved(moving, sign):
-                distances += _distances(function, other, examples[0], may_fail=True)
-    tight = sum(all(d <= LIMITS[dtype][0] for dtype, d in each) for each in distances)
-    loose = all(d <= LIMITS[dtype][1] for each in distances for dtype, d in each)
-    return loose and 2 * tight > len(distances)
+                found.append(_compared(function, other, examples[0], may_fail=True))
+    made = [how for how in found if how is not None]
+    return all(how != APART for how in made) and 2 * made.count(TIGHT) > len(made)
 
 
-LIMITS = {torch.float64: (1e-7, 1e-7), torch.float32: (1e-4, 3e-2)}  # others must be equal
+TIGHT, LOOSE, APART = range(3)
+LIMITS = {torch.float64: (1e-7, 1e-7), torch.float32: (1e-4, 3e-2)}  # tight and loose; others must be equal
 
 
-def _distances(
-    function: Function, other: Any, args: tuple[Tensor, ...], may_fail: bool = False
-) -> list[list[tuple[torch.dtype, float]]]:
-    """How far apart the answers are, random numbers included, each relative to the largest number in it. Where the
-    program fails and may, there is nothing to compare."""
+def _compared(function: Function, other: Any, args: tuple[Tensor, ...], may_fail: bool = False) -> int | None:
+    """How far apart the answers are, random numbers included. None where the program fails and may: there is nothing to
+    compare."""
     outputs = []
     for run in (function, other):
         torch.manual_seed(0)
@@ -392,16 +271,17 @@ def _distances(
             with torch.no_grad():
                 outputs.append(run(*args))
         except Exception:
-            return [] if may_fail and not outputs else [[(torch.float64, math.inf)]]
-    return [[_distance(a, b) for a, b in zip(*outputs, strict=True)]]
+            return None if may_fail and not outputs else APART
+    return max((_distance(a, b) for a, b in zip(*outputs, strict=True)), default=TIGHT)
 
 
-def _distance(expected: Tensor, actual: Tensor) -> tuple[torch.dtype, float]:
-    dtype = expected.dtype if expected.dtype in LIMITS else torch.float64
-    if expected.shape != actual.shape or expected.dtype != actual.dtype:
-        return dtype, math.inf
+def _distance(expected: Tensor, actual: Tensor) -> int:
+    """Relative to the largest number expected."""
+    same = expected.shape == actual.shape and expected.dtype == actual.dtype
     finite = expected.isfinite()
-    if not torch.equal(finite, actual.isfinite()):
-        return dtype, math.inf
+    if not same or not torch.equal(finite, actual.isfinite()):
+        return APART
     x, y = expected[finite].double(), actual[finite].double()
-    return dtype, float((x - y).abs().max() / (1 + x.abs().max())) if x.numel() else 0.0
+    distance = float((x - y).abs().max() / (1 + x.abs().max())) if x.numel() else 0.0
+    tight, loose = LIMITS.get(expected.dtype, LIMITS[torch.float64])
+    return TIGHT if distance <= tight else LOOSE if distance <= loose else APART
