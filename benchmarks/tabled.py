@@ -37,11 +37,11 @@ class Tabled(ABC):
         return write_json(self.to_dict(), path)
 
 
-def as_text(printable: Any) -> str:
-    """What rich prints of it, 120 columns wide, without colours."""
+def as_text(printable: Any, width: int = 120) -> str:
+    """What rich prints of it, so many columns wide, without colours."""
     from rich.console import Console
 
-    console = Console(width=120, color_system=None)
+    console = Console(width=width, color_system=None)
     with console.capture() as text:
         console.print(printable)
     return text.get()

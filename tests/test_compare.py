@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from moved import Moved
 from torch.distributions import constraints
 
 from pyrometer.benchmarks import Comparison, compare
@@ -26,10 +27,10 @@ from pyrometer.benchmarks.metrics import (
     standardised_sd_error,
     total_variation,
 )
+from pyrometer.benchmarks.tabled import as_text
 from pyrometer.inference import EM, ML, NUTS, SVI, Enumeration, Posterior, Problem, ProblemError
 from pyrometer.inference.chains import cut_short
 from pyrometer.inference.engine import Draws, EngineError, as_chain
-from pyrometer.inference.learning import Learned, TrailWriter
 from pyrometer.inference.posterior import Cost, Evidence, Status
 from pyrometer.inference.problem import Reference
 from pyrometer.inference.settings import settings
@@ -63,27 +64,6 @@ class Known:
         draws = truth.mean["z"] + truth.sd["z"] * (self.shift + self.stretch * noise)
         evidence = Evidence(truth.log_evidence.value - 0.5, torch.full(x.shape, 0.1), "lower bound", truth.log_evidence)
         return Draws({"z": draws[None]}, "iid", log_evidence=evidence)
-
-
-@settings
-class Moved:
-    """A learner that sets theta, or fails."""
-
-    name: ClassVar[str] = "moved"
-    theta: float = 3.0
-    fail: str = ""
-
-    def supports(self, density):
-        return ""
-
-    def fit(self, density, run):
-        if self.fail:
-            raise EngineError(self.fail)
-        density.set_parameters({"theta": torch.tensor(self.theta)})
-        writer = TrailWriter("estimate", 2)
-        writer.add(0, -7.0)
-        writer.add(1, -5.0)
-        return Learned(writer.trail())
 
 
 @pytest.fixture
@@ -427,12 +407,7 @@ def full():
 
 @pytest.mark.parametrize("width", [80, 100, 120, 200])
 def test_the_table_fits_and_nothing_is_cut(full, width):
-    from rich.console import Console
-
-    console = Console(width=width, color_system=None)
-    with console.capture() as capture:
-        console.print(full)
-    text = capture.get()
+    text = as_text(full, width)
     assert max(map(len, text.splitlines())) <= width
     # The short columns stay whole: their heads stand in every table, and no number is broken.
     assert sum(line.count("evalu- gradi-") for line in text.splitlines()) == 3
@@ -461,12 +436,7 @@ def test_the_table_shows_the_numbers_as_they_are(full):
 
 
 def test_the_table_can_be_printed_in_ascii(full):
-    from rich.console import Console
-
-    console = Console(width=120, color_system=None)
-    with console.capture() as capture:
-        console.print(full.table(ascii_only=True))
-    words = [line for line in capture.get().splitlines() if any(c.isalnum() for c in line)]
+    words = [line for line in as_text(full.table(ascii_only=True)).splitlines() if any(c.isalnum() for c in line)]
     assert all(line.isascii() for line in words)
 
 

@@ -17,6 +17,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from close import assert_close
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroSample
@@ -46,14 +47,6 @@ def data(*shape, seed=1):
 
 def some_u(density, *sample, seed=2, scale=0.7):
     return scale * data(*sample, *density.batch_shape, density.dim, seed=seed)
-
-
-def assert_close(actual, expected, tolerance=1e-8):
-    """|actual - expected| <= tolerance (1 + |expected|), shapes equal."""
-    actual, expected = (np.asarray(torch.as_tensor(v).detach(), dtype=float) for v in (actual, expected))
-    assert actual.shape == expected.shape
-    assert np.all(np.isfinite(actual))
-    assert np.all(np.abs(actual - expected) <= tolerance * (1 + np.abs(expected)))
 
 
 # -- programs, each with its density written a second time, in numpy and scipy ---------------------------------------

@@ -18,11 +18,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.distributions import constraints
-from rich.console import Console
 
 from pyrometer.benchmarks.doubt import Doubtful, as_images, guide_weights, k_hats, picture, worst_data
 from pyrometer.benchmarks.gaps import NAMES, Gap, gaps
 from pyrometer.benchmarks.gaussian import climb, member_of, start_from_draws
+from pyrometer.benchmarks.tabled import as_text
 from pyrometer.inference import (
     EM,
     NUTS,
@@ -389,10 +389,7 @@ def test_json_and_table(tmp_path):
         == (found.rows[0].gaps["total"])
     )
     for width in (80, 120):
-        console = Console(width=width, color_system=None)
-        with console.capture() as capture:
-            console.print(found)
-        text = capture.get()
+        text = as_text(found, width)
         assert max(map(len, text.splitlines())) <= width
         assert "\u2026" not in text
     for words in ("a *", "amortisation", "largest inference gap", "truth (exact)", f" {found.rows[0].worst[0]} "):

@@ -22,6 +22,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from close import assert_close, tensors
 from pyro import poutine
 from pyro.infer import SVI, TraceEnum_ELBO, autoguide
 from scipy import integrate, stats
@@ -70,16 +71,6 @@ def weights_of_draws(problem, num_draws, theta=None, phi=None):
         model = traced(problem.model, problem.args, {"z": guide.nodes["z"]["value"]}, theta or {})
         rows.append(sum(model.nodes[s]["log_prob"] for s in ("z", "x")) - guide.nodes["z"]["log_prob"])
     return torch.stack(rows).detach()
-
-
-def assert_close(actual, expected, tolerance):
-    actual, expected = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
-    assert actual.shape == expected.shape
-    assert np.all(np.abs(actual - expected) <= tolerance * (1 + np.abs(expected)))
-
-
-def tensors(**arrays):
-    return {name: torch.as_tensor(value, dtype=F64) for name, value in arrays.items()}
 
 
 # -- every model against a second density --------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pyro
 import pytest
 import torch
+from close import assert_close, tensors
 from pyro import poutine
 from scipy import stats
 
@@ -34,16 +35,6 @@ def start_of(problem):
     with pyro.get_param_store().scope():
         trace = poutine.trace(problem.model).get_trace(*problem.args)
     return {n.replace("$$$", "."): v["value"].detach().double() for n, v in trace.nodes.items() if v["type"] == "param"}
-
-
-def assert_close(actual, expected, tolerance):
-    actual, expected = np.asarray(actual, dtype=float), np.asarray(expected, dtype=float)
-    assert actual.shape == expected.shape
-    assert np.all(np.abs(actual - expected) <= tolerance * (1 + np.abs(expected)))
-
-
-def tensors(**arrays):
-    return {name: torch.as_tensor(value, dtype=F64) for name, value in arrays.items()}
 
 
 # -- densities ---------------------------------------------------------------------------------------------------

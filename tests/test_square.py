@@ -12,7 +12,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from click.testing import CliRunner
-from rich.console import Console
+from moved import Moved
 
 from pyrometer.benchmarks.cli import main
 from pyrometer.benchmarks.doubt import Doubtful
@@ -28,37 +28,16 @@ from pyrometer.benchmarks.square import (
     steps,
     with_differences,
 )
+from pyrometer.benchmarks.tabled import as_text
 from pyrometer.inference import EM, NUTS, SVI, ImportanceSampling, ProblemError, Reference, WakeSleep
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import Draws, EngineError
 from pyrometer.inference.learn import Fit
-from pyrometer.inference.learning import Learned, TrailWriter
 from pyrometer.inference.posterior import Evidence
 from pyrometer.inference.settings import settings
 from pyrometer.models import conjugate_gaussian, sigmoid_belief_network
 
 # -- learners and evaluators of known error ---------------------------------------------------------------------------
-
-
-@settings
-class Moved:
-    """A learner that sets theta and claims an objective, or fails."""
-
-    name: ClassVar[str] = "moved"
-    theta: float = 3.0
-    objective: float = -5.0
-    fail: str = ""
-
-    def supports(self, density):
-        return ""
-
-    def fit(self, density, run):
-        if self.fail:
-            raise EngineError(self.fail)
-        density.set_parameters({"theta": torch.tensor(self.theta)})
-        writer = TrailWriter("estimate", 1)
-        writer.add(0, self.objective)
-        return Learned(writer.trail())
 
 
 @settings
@@ -356,10 +335,7 @@ def test_the_table_lines_up_and_shows_every_figure():
     found = Square((), (), problem={"name": "p", "held_out": [[3, 2]]})
     found = replace(found, learners=(Trained("a"), Trained("b")), cells=with_differences(cells))
     for width in (80, 120):
-        console = Console(width=width, color_system=None)
-        with console.capture() as capture:
-            console.print(found)
-        text = capture.get()
+        text = as_text(found, width)
         assert max(map(len, text.splitlines())) <= width
         assert "\u2026" not in text
     # the mean is -7/3 and its error 0.05 / 3
@@ -369,10 +345,9 @@ def test_the_table_lines_up_and_shows_every_figure():
     ):  # fmt: skip
         assert words in text, words
     assert all(name in text for name in names)
-    console = Console(width=120, color_system=None)
-    with console.capture() as capture:
-        console.print(found.table(ascii_only=True))
-    assert all(line.isascii() for line in capture.get().splitlines() if any(c.isalnum() for c in line))
+    assert all(
+        line.isascii() for line in as_text(found.table(ascii_only=True)).splitlines() if any(c.isalnum() for c in line)
+    )
 
 
 # -- discrete latents ------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from close import assert_close
 from scipy import stats
 from zoo import EXACT, ZOO
 from zoo.entry import Mixture, Tabulated
@@ -54,14 +55,6 @@ def moved_theta(density, seed=3):
         if bool((value > 0).all()) and value.dim() and math.isclose(float(value.sum()), 1.0, rel_tol=1e-6):
             values[name] = values[name] / values[name].sum()
     return values
-
-
-def assert_close(actual, expected, tolerance):
-    """|actual - expected| <= tolerance (1 + |expected|), all finite, shapes equal."""
-    assert actual.shape == expected.shape
-    assert bool(expected.isfinite().all())
-    error = (actual - expected).abs() / (1 + expected.abs())
-    assert float(error.max()) <= tolerance
 
 
 @pytest.fixture(params=ZOO)

@@ -159,14 +159,7 @@ class _Hamiltonian:
         self.begin = lanes.compile(
             begin,
             [
-                (
-                    *point,
-                    ones,
-                    0.1 * ones,
-                    mass,
-                    streams.keys(k, len(ones), ones.device),
-                    none,
-                )
+                (*point, ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), none)
                 for k, point in enumerate(plain[:2])
             ],
         )
@@ -232,17 +225,7 @@ class _RandomWalk:
         none = torch.zeros(len(ones), dtype=torch.int64, device=ones.device)
         self.step = lanes.compile(
             step,
-            [
-                (
-                    *example[:2],
-                    ones,
-                    0.1 * ones,
-                    mass,
-                    streams.keys(k, len(ones), ones.device),
-                    none,
-                )
-                for k in range(2)
-            ],
+            [(*example[:2], ones, 0.1 * ones, mass, streams.keys(k, len(ones), ones.device), none) for k in range(2)],
         )
 
     def takes(self) -> int:
