@@ -56,11 +56,11 @@ def render(calibration: Calibration) -> RenderableType:
 
 
 @cache
-def band(replicates: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points z (K), and the lowest and highest ECDF - z there of uniform ranks, all points together at this level.
+def band(replicates: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points z (K), and the lowest and highest ECDF - z there of uniform ranks, all points together.
 
     Each point has a binomial interval of coverage 1 - gamma, with gamma such that all hold the ECDF at once in a share
-    `level` of simulated ones (Sailynoja, Buerkner and Vehtari 2022, doi:10.1007/s11222-022-10090-6).
+    LEVEL of simulated ones (Sailynoja, Buerkner and Vehtari 2022, doi:10.1007/s11222-022-10090-6).
     """
     points = min(POINTS, replicates)
     z = np.arange(1, points) / points
@@ -68,7 +68,7 @@ def band(replicates: int, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray,
     cells = rng.multinomial(replicates, np.full(points, 1 / points), size=SIMULATIONS)
     below = cells.cumsum(1)[:, :-1]
     tail = np.minimum(stats.binom.cdf(below, replicates, z), stats.binom.sf(below - 1, replicates, z))
-    gamma = np.quantile(2 * tail.min(1), 1 - level)
+    gamma = np.quantile(2 * tail.min(1), 1 - LEVEL)
     low, high = (stats.binom.ppf(q, replicates, z) / replicates - z for q in (gamma / 2, 1 - gamma / 2))
     return z, low, high
 

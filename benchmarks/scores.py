@@ -174,7 +174,7 @@ def effective_draws(posterior: Posterior, reference: Reference) -> Score | None:
 @metric("ESS per call", shown=False, better="higher")
 def ess_per_call(posterior: Posterior, reference: Reference) -> Score | None:
     """The same for each call of the density, a value or a gradient, tuning with it."""
-    return _rate(posterior, posterior.cost.evaluations + posterior.cost.gradients)
+    return _rate(posterior, posterior.cost.calls)
 
 
 def per_second(ess: Score, cost: Cost) -> Score | None:

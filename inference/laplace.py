@@ -17,6 +17,7 @@ from .density import Density
 from .engine import EngineError, Run
 from .posterior import gathered
 
+CLIMBED = 1e-10  # nats that another step would gain, below which a point has arrived
 RISING = 1e-6  # nats that a climb may still be below its mode
 
 
@@ -54,7 +55,6 @@ class GaussianFit(NamedTuple):
 def laplace(
     density: Density,
     num_steps: int = 100,
-    tolerance: float = 1e-10,
     start: Tensor | None = None,
     num_starts: int = 6,
     jacobian: bool = True,
@@ -67,7 +67,7 @@ def laplace(
     """
     starts = starting_points(density, num_starts) if start is None else start[None]
     u, value, gradient, hessian, _ = climb(
-        density, lambda u: density.log_joint(u, jacobian=jacobian), starts, num_steps, tolerance
+        density, lambda u: density.log_joint(u, jacobian=jacobian), starts, num_steps
     )
     eye = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
     if not bool(value.amax(0).isfinite().all()):
@@ -99,11 +99,7 @@ def laplace(
 
 
 def climb(
-    density: Density,
-    function: Callable[[Tensor], Tensor],
-    u: Tensor,
-    num_steps: int = 100,
-    tolerance: float = 1e-10,
+    density: Density, function: Callable[[Tensor], Tensor], u: Tensor, num_steps: int = 100
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Damped Newton steps uphill on a function of u (S, *batch, D) made of this density's, each point by itself: where
     they end, its value, gradient and Hessian there, and how much higher the next step would hope to be, (S, *batch)."""
@@ -121,7 +117,7 @@ def climb(
         lowest = eigenvalues.clamp_min(1e-8).where(eigenvalues > 0, eigenvalues.abs().clamp_min(1e-3))
         step = (vectors @ ((vectors.mT @ gradient[..., None]) / (lowest + damping[..., None])[..., None]))[..., 0]
         promise = (gradient * step).sum(-1)
-        moving = promise > tolerance
+        moving = promise > CLIMBED
         if not bool(moving.any()):
             break
         proposal = u + step * moving[..., None]

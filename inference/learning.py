@@ -26,6 +26,7 @@ from .engine import Draws
 from .posterior import Posterior
 from .problem import ProblemError
 
+POINTS = 200  # of a trail
 TRACE_FROM = 20  # fewer steps than this are not worth tracing,
 NATIVE_FROM = 200  # and fewer than this not worth compiling to machine code
 BLOCK = 50  # steps a call of compiled Adam takes, between two looks at the progress
@@ -56,11 +57,11 @@ class Learned:
 
 
 class TrailWriter:
-    """Collects a trail; long ones are averaged in blocks, so that at most about `points` remain."""
+    """Collects a trail; long ones are averaged in blocks, so that at most about POINTS remain."""
 
-    def __init__(self, kind: str, total: int, points: int = 200) -> None:
+    def __init__(self, kind: str, total: int) -> None:
         self.kind = kind
-        self._block = max(1, math.ceil(total / points))
+        self._block = max(1, math.ceil(total / POINTS))
         self._values: list[float | Tensor] = []
         self._rows: list[tuple[float, float, float, float]] = []
         self._last = (0, 0.0)

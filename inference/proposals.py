@@ -30,6 +30,7 @@ from .registry import as_engine
 from .settings import options
 
 NAMES = ("auto", "prior", "guide", "laplace")
+PILOT = 200  # draws by which proposals are compared
 
 Z = Tensor | Values  # u (S, *batch, D), or site -> (S, *batch, *event)
 
@@ -207,7 +208,7 @@ def candidates(density: Density) -> list[str]:
     return names + ([] if density.prior_fault else ["prior"])
 
 
-def _pilot(density: Density, run: Run, degrees: float, count: int = 200) -> str:
+def _pilot(density: Density, run: Run, degrees: float) -> str:
     """Laplace or the prior, whichever gives the larger mean effective sample size in a few draws."""
     names = candidates(density)
     if len(names) == 1:
@@ -216,7 +217,7 @@ def _pilot(density: Density, run: Run, degrees: float, count: int = 200) -> str:
     with run.tuning():
         for name in names:
             try:
-                log_weights = weighted(ready(name, density, run, degrees), count)[1]
+                log_weights = weighted(ready(name, density, run, degrees), PILOT)[1]
             except EngineError:
                 continue
             found[name] = float(1 / torch.softmax(log_weights, 0).square().sum(0).mean())

@@ -40,14 +40,13 @@ def choice(setting: str, value: Any, options: Sequence[str]) -> str:
     return str(value)
 
 
-def data_matrix(setting: str, value: Any, columns: int | None = None) -> Tensor:
-    """`value`, a tensor (N, D) of finite floating-point numbers, N >= 1 (and D = columns, where given)."""
+def data_matrix(setting: str, value: Any) -> Tensor:
+    """`value`, a tensor (N, D) of finite floating-point numbers, N >= 1."""
     if not isinstance(value, Tensor) or not value.is_floating_point():
         kind = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
         raise ProblemError(f"{setting}: expected a floating-point tensor (N, D), got {kind}.")
-    if value.dim() != 2 or value.numel() == 0 or columns not in (None, value.shape[1]):
-        wanted = "(N, D)" if columns is None else f"(N, {columns})"
-        raise ProblemError(f"{setting}: expected shape {wanted} with data in it, got {tuple(value.shape)}.")
+    if value.dim() != 2 or value.numel() == 0:
+        raise ProblemError(f"{setting}: expected shape (N, D) with data in it, got {tuple(value.shape)}.")
     if not bool(torch.isfinite(value).all()):
         raise ProblemError(f"{setting}: row {int((~torch.isfinite(value)).any(1).nonzero()[0])} is not finite.")
     return value

@@ -174,12 +174,12 @@ def _choose_panels(block: Block, posterior: Posterior, truth: Reference, found: 
             places.append((site, index))
     for site, index in places[:PANELS]:
         panel = Panel(site, index)
-        _panel_truth(panel, truth, batch)
+        _panel_truth(panel, truth)
         found.panels.append(panel)
     pair = _pair_places(places, posterior, batch)
     if pair is not None:
         found.pair = Pair(pair)
-        _pair_truth(found.pair, truth, batch)
+        _pair_truth(found.pair, truth)
 
 
 def _worst_places(block: Block) -> Iterator[Place]:
@@ -281,10 +281,10 @@ def curve(values: np.ndarray, weights: np.ndarray) -> Curve:
     return Curve(points, p)
 
 
-def _panel_truth(panel: Panel, truth: Reference, batch: int) -> None:
+def _panel_truth(panel: Panel, truth: Reference) -> None:
     """By the reference's draws, by exact probabilities of a discrete latent, or by its mean and sd."""
     place = (panel.site, panel.index)
-    found = _reference_scalar(truth, *place, batch)
+    found = _reference_scalar(truth, *place)
     if found is not None:
         panel.truth = curve(*found)
     elif truth.log_weights is not None and panel.site in truth.mean and len(panel.index) == truth.log_weights.dim() - 1:
@@ -294,8 +294,8 @@ def _panel_truth(panel: Panel, truth: Reference, batch: int) -> None:
         panel.moments = (_at(truth.mean, place), _at(truth.sd, place))
 
 
-def _pair_truth(pair: Pair, truth: Reference, batch: int) -> None:
-    first, second = (_reference_scalar(truth, site, index, batch) for site, index in pair.places)
+def _pair_truth(pair: Pair, truth: Reference) -> None:
+    first, second = (_reference_scalar(truth, site, index) for site, index in pair.places)
     if first is not None and second is not None:
         weights = first[1]
         kept = np.random.default_rng(1).choice(len(weights), 2 * POINTS, p=weights / weights.sum())
@@ -305,13 +305,12 @@ def _pair_truth(pair: Pair, truth: Reference, batch: int) -> None:
         pair.moments = (of_first, of_second)
 
 
-def _reference_scalar(truth: Reference, site: str, index: Index, batch: int) -> tuple[np.ndarray, np.ndarray] | None:
+def _reference_scalar(truth: Reference, site: str, index: Index) -> tuple[np.ndarray, np.ndarray] | None:
     """Draws (S, *batch, *event) of the reference and their weights, where it has them."""
-    draws: Mapping[str, Tensor] = getattr(truth, "draws", None) or {}
-    if site not in draws or draws[site].dim() != 1 + len(index):
+    if site not in truth.draws or truth.draws[site].dim() != 1 + len(index):
         return None
-    values = _entries(draws[site], 1, index).double().numpy()
-    log_weights: Tensor | None = getattr(truth, "draw_log_weights", None)
+    values = _entries(truth.draws[site], 1, index).double().numpy()
+    log_weights = truth.draw_log_weights
     if log_weights is None:
         return values, np.full(len(values), 1 / len(values))
     if log_weights.dim() > 1:

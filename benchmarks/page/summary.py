@@ -264,7 +264,7 @@ def summarise(records: Iterable[Record], unreadable: dict[str, str] | None = Non
         if theta.held_out is not None and theta.held_out.value is not None:
             block.held_out[cell.seed] = theta.held_out.value
         if cell.learner and theta.status.done:
-            block.learning[cell.seed] = (theta.cost.evaluations + theta.cost.gradients, theta.cost.seconds)
+            block.learning[cell.seed] = (theta.cost.calls, theta.cost.seconds)
         group = Group(cell, record.row.settings, record.versions, record.machine)
         if group.name not in groups:
             groups[group.name] = group
@@ -293,7 +293,7 @@ def entry_of(record: Record) -> Entry:
         level=intern(row.level),
         verdict=intern(row.verdict),
         notes=row.notes,
-        calls=row.cost.evaluations + row.cost.gradients,
+        calls=row.cost.calls,
         seconds=row.cost.seconds,
         compile_seconds=row.cost.compile_seconds,
         draws=record.draws,

@@ -94,18 +94,18 @@ def _diagonal_scatter(lower: Lowering, a: dict[str, Any], out: Tensor) -> Value:
     return target
 
 
-def _zeros(lower: Lowering, out: Tensor) -> Uniform:
+def _zeros(out: Tensor) -> Uniform:
     return Uniform(0, tuple(out.shape), out.dtype)
 
 
 lowers("slice_backward")(
-    lambda lower, a, out: _slice_scatter(lower, {**a, "self": _zeros(lower, out), "src": a["grad_output"]}, out)
+    lambda lower, a, out: _slice_scatter(lower, {**a, "self": _zeros(out), "src": a["grad_output"]}, out)
 )
 lowers("select_backward")(
-    lambda lower, a, out: _select_scatter(lower, {**a, "self": _zeros(lower, out), "src": a["grad_output"]}, out)
+    lambda lower, a, out: _select_scatter(lower, {**a, "self": _zeros(out), "src": a["grad_output"]}, out)
 )
 lowers("diagonal_backward")(
-    lambda lower, a, out: _diagonal_scatter(lower, {**a, "self": _zeros(lower, out), "src": a["grad_output"]}, out)
+    lambda lower, a, out: _diagonal_scatter(lower, {**a, "self": _zeros(out), "src": a["grad_output"]}, out)
 )
 
 
