@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+NO_LATENTS = "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
 
 
 class EngineError(RuntimeError):
@@ -217,13 +218,17 @@ def _prepare(
     if parameters is not None:
         density.set_parameters(parameters)
     if not density.latents:
-        return density, engine, "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+        return density, engine, NO_LATENTS
     if density.simulated and not getattr(engine, "simulates", False):
         return density, engine, no_density(density)
     with density:
         if calls is not None:
             engine = engine.sized(calls, density)
         return density, engine, engine.supports(density)
+
+
+def no_sum(density: Density) -> str:
+    return f"discrete site {density.unlisted[0]!r} cannot be summed out"
 
 
 def no_density(density: Density) -> str:

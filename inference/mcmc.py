@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .density import Density
-from .engine import Run
+from .engine import Run, no_sum
 from .kernels import adaptation, nuts, streams
 from .kernels.adaptation import Warmup
 from .kernels.metropolis import Kernel, Point, only
@@ -278,7 +278,7 @@ def why_not(density: Density, sampler: str) -> str:
     if not density.continuous:
         return f"the latents are all discrete; {sampler} moves continuous ones (enumeration serves these)"
     if density.unlisted:
-        return f"discrete site {density.unlisted[0]!r} cannot be summed out: its support cannot be listed"
+        return f"{no_sum(density)}: its support cannot be listed"
     return ""
 
 

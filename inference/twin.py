@@ -18,11 +18,16 @@ from .problem import Problem, ProblemError
 Place = int | str  # of an argument: its position, or its name
 
 
+def _tensors(density: Density) -> dict[Place, Tensor]:
+    """The arguments that are tensors."""
+    held: list[tuple[Place, Any]] = [*enumerate(density.args), *density.kwargs.items()]
+    return {place: v for place, v in held if isinstance(v, Tensor)}
+
+
 def observing_arguments(density: Density) -> tuple[dict[str, Place], str]:
     """Observed site -> the argument that holds its data; and a site that has none, or shares it, '' if all do."""
     trace = poutine.trace(density.problem.model).get_trace(*density.args, **density.kwargs)
-    held: list[tuple[Place, Any]] = [*enumerate(density.args), *density.kwargs.items()]
-    tensors = {place: v for place, v in held if isinstance(v, Tensor)}
+    tensors = _tensors(density)
     places: dict[str, Place] = {}
     for name, site in density.sites.items():
         if site.role != "observed":
@@ -49,8 +54,7 @@ def observing_parts(density: Density) -> dict[str, tuple[Place, Tensor]]:
     of x. Raises `ProblemError` where they are no part of an argument, or two sites share an entry."""
     places, _ = observing_arguments(density)
     trace = poutine.trace(density.problem.model).get_trace(*density.args, **density.kwargs)
-    held: list[tuple[Place, Any]] = [*enumerate(density.args), *density.kwargs.items()]
-    tensors = {place: v for place, v in held if isinstance(v, Tensor) and v.is_contiguous()}
+    tensors = {place: v for place, v in _tensors(density).items() if v.is_contiguous()}
     taken = {place: torch.zeros_like(v, dtype=torch.int32) for place, v in tensors.items()}
     parts: dict[str, tuple[Place, Tensor]] = {}
     for name, site in density.sites.items():

@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from ..density import Density
-from ..engine import Draws, Run, as_chain
+from ..engine import Draws, Run, as_chain, no_sum
 from ..laplace import earlier_mode, laplace
 from ..posterior import Evidence, evidence_from_weights
 from ..settings import settings
@@ -46,7 +46,7 @@ class Laplace:
         if not density.continuous:
             return "the latents are discrete, and there is no curvature; enumeration is exact for them"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         return ""
 
     def sized(self, calls: float, density: Density) -> Laplace:

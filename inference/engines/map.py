@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..density import Density
 from ..em_steps import maximise
-from ..engine import Draws, EngineError, Run, as_chain
+from ..engine import Draws, EngineError, Run, as_chain, no_sum
 from ..laplace import earlier_mode, laplace, starting_points
 from ..learning import Learned, TrailWriter, descend, share_of_data
 from ..preflight import check_minibatch
@@ -63,7 +63,7 @@ class MAP:
         if not density.continuous:
             return "the latents are discrete: a point cannot climb; enumeration lists them"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         if self.batch_size is not None:
             check_minibatch(density, self.batch_size)
             if not density.batch_plates and density.data_plate is not None:

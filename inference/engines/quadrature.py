@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, Run, as_chain
+from ..engine import Draws, Run, as_chain, no_sum
 from ..laplace import GaussianFit, earlier_mode, laplace
 from ..posterior import Evidence
 from ..settings import settings
@@ -44,7 +44,7 @@ class Quadrature:
         if not density.continuous:
             return "the latents are discrete; enumeration is exact for them"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         if self.num_nodes**density.dim > self.max_nodes:
             return (
                 f"{self.num_nodes} nodes in {density.dim} dimensions are {self.num_nodes**density.dim:.3g}, more than "

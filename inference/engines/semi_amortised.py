@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from ..density import Density
-from ..engine import Draws, EngineError, Run
+from ..engine import Draws, EngineError, Run, no_sum
 from ..guides import AutoGuide, PairedGuide
 from ..laplace import moments
 from ..learning import descend, share_of_data
@@ -62,7 +62,7 @@ class SemiAmortised:
         if not density.continuous:
             return "the latents are discrete, and a normal cannot refine their guide: use SVI"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         return self._amortised().supports(density)
 
     def sized(self, calls: float, density: Density) -> SemiAmortised:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import Draws, EngineError, Run, as_chain
+from ..engine import Draws, EngineError, Run, as_chain, no_sum
 from ..flows import Flow, require_zuko
 from ..guides import AutoGuide, Guide, make_guide
 from ..learning import Learned, TrailWriter, descend, share_of_data
@@ -98,7 +98,7 @@ class SVI:
         elif not density.continuous:
             return f"{family} needs continuous latents and the model has none; pair the model with a guide"
         if family is not None and density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out; pair the model with a guide"
+            return f"{no_sum(density)}; pair the model with a guide"
         if reason := self._unserved(density, family):
             return reason
         if self.batch_size is not None and not density.batch_plates and density.data_plate is not None:

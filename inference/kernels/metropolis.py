@@ -128,7 +128,7 @@ def langevin() -> HMC:
 
 class _Hamiltonian:
     def __init__(self, num_steps: int, lanes: Lanes, path: Path, example: Point) -> None:
-        self.num_steps, self.lanes, self.path = num_steps, lanes, path
+        self.num_steps, self.lanes = num_steps, lanes
         self.dim = dim = example.u.shape[1]
         dtype, used = example.u.dtype, streams.normals_take(dim)
 
@@ -207,7 +207,7 @@ class RandomWalk:
 
 class _RandomWalk:
     def __init__(self, lanes: Lanes, path: Path, example: Point) -> None:
-        self.lanes, self.path, self.dim = lanes, path, example.u.shape[1]
+        self.lanes, self.dim = lanes, example.u.shape[1]
         dtype, used = example.u.dtype, streams.normals_take(self.dim)
 
         def step(

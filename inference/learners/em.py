@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ..density import Density
 from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, move, takes_marginals
-from ..engine import Draws, EngineError, Run
+from ..engine import NO_LATENTS, Draws, EngineError, Run
 from ..engines.enumeration import Enumeration
 from ..engines.map import MAP
 from ..learning import Learned, Trail, TrailWriter, expected_log_joint, flat_draws, make_optimizer, minibatches
@@ -95,7 +95,7 @@ class EM:
 
     def supports(self, density: Density) -> str:
         if not density.latents:
-            return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+            return NO_LATENTS
         engine = self._engine(density)
         check_m_step(density, self.m_step)
         if self.batch_size is not None:

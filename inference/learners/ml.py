@@ -15,7 +15,7 @@ import torch
 
 from ..density import Density
 from ..em_steps import maximise
-from ..engine import EngineError, Run
+from ..engine import EngineError, Run, no_sum
 from ..learning import Learned, TrailWriter, descend
 from ..preflight import check_minibatch
 from ..problem import ProblemError
@@ -46,7 +46,7 @@ class ML:
         if density.continuous:
             return f"site {density.continuous[0]!r} is latent: its likelihood is an integral; use EM or SVI"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         if self.batch_size is not None:
             if density.discrete and not density.batch_plates:
                 raise ProblemError("minibatches need latents that belong to one datum each; use batch_size=None.")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import EngineError, Run
+from ..engine import EngineError, Run, no_sum
 from ..learning import Learned, TrailWriter, make_optimizer, minibatches
 from ..preflight import check_minibatch
 from ..settings import check_optimizer, check_positive, settings
@@ -55,7 +55,7 @@ class ParticleGradient:
         if not density.continuous:
             return "particles move along gradients and the latents are all discrete: use EM, which enumerates them"
         if density.unlisted:
-            return f"discrete site {density.unlisted[0]!r} cannot be summed out"
+            return no_sum(density)
         if self.batch_size is not None:
             check_minibatch(density, self.batch_size)
             if not density.batch_plates:

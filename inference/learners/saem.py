@@ -19,7 +19,7 @@ import torch
 
 from ..density import Density
 from ..em_steps import M_STEPS, Chains, check_m_step, e_step_for, expect, improve
-from ..engine import Run
+from ..engine import NO_LATENTS, Run
 from ..engines.enumeration import Enumeration
 from ..engines.hmc import HMC
 from ..learning import Learned, TrailWriter, flat_draws, make_optimizer
@@ -75,7 +75,7 @@ class SAEM:
 
     def supports(self, density: Density) -> str:
         if not density.latents:
-            return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+            return NO_LATENTS
         check_m_step(density, self.m_step)
         reason = self._engine(density).supports(density)
         return f"the E-step cannot run: {reason}" if reason else ""

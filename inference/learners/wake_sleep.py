@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..density import Density
-from ..engine import EngineError, Run
+from ..engine import NO_LATENTS, EngineError, Run
 from ..engines.svi import guide_draws
 from ..guides import PairedGuide
 from ..learning import Learned, TrailWriter, descend
@@ -69,7 +69,7 @@ class WakeSleep:
 
     def supports(self, density: Density) -> str:
         if not density.latents:
-            return "the model has no latent sites: learn(problem, ML()) fits a fully observed model"
+            return NO_LATENTS
         if density.problem.guide is None:
             return "wake-sleep trains the problem's own guide and there is none: pass guide=... to Problem"
         density.require_guide()
