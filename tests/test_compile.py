@@ -492,6 +492,16 @@ def test_a_graph_that_disagrees_is_not_used(monkeypatch):
     assert why_not == UNTRACED
 
 
+def test_one_comparison_that_disagrees_is_enough():
+    """The branch is another at one of the four places that are compared: where the parameter is negative."""
+    p = v(1.0)
+
+    def branching(x):
+        return (x * (2 if p.numpy()[0] > 0 else 3),)  # which no trace sees
+
+    assert compiled(branching, [(v(0.1, 0.2),)], [p]).backend == "eager"
+
+
 @pytest.mark.parametrize("backend", ["graph", "native"])
 def test_a_compiled_density_follows_the_minibatch(backend):
     """The rows are read where they live: other rows of the same number need no new compilation, and are seen."""
