@@ -13,7 +13,6 @@ import importlib
 import math
 import os
 import queue
-import signal
 import statistics
 import threading
 import time
@@ -32,6 +31,7 @@ from .line import Line
 from .metrics import MORE
 from .store import Store, StoreError
 from .task import Task, perform, tasks
+from .terminal import interruptible
 from .worker import Worker
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def bench(
     needed = {task.theta for task in todo}
     learn = [t for t in thetas if t.name in needed and (not (s := store.state(t.name)) or (s in again and s != "done"))]
     watch = _Watch(progress, states, [task.name for task in todo])
-    with _interruptible():
+    with interruptible():
         for part in (learn, todo):
             for task, state in _run(part, store, jobs, backend, address, limit, memory):
                 watch(task, state)
@@ -290,23 +290,6 @@ def _needed(module: str, package: str) -> Any:
     except ImportError as error:
         hint = f"pip install 'pyrometer[{package}]'"
         raise ProblemError(f"backend={package!r} needs a package that is not here: {hint}.") from error
-
-
-@contextlib.contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM ends a run as Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 class _Watch:

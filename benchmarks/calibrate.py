@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from pyrometer.inference import Problem, ProblemError, infer, why_not
+from pyrometer.inference.chains import interrupted
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated
 from pyrometer.inference.registry import as_engine
@@ -177,6 +178,8 @@ class _Simulator:
         with isolated(seeds[0]), torch.no_grad(), self.density:
             data, truth = simulated(self.density)
         posterior = infer(observing(self.density.problem, data), engine, seed=seeds[1], parameters=theta)
+        if interrupted(posterior.diagnostics.notes):
+            raise KeyboardInterrupt  # which the engine kept to itself, for the sake of its draws
         if posterior.status.done and posterior.kind == "point":
             raise ProblemError(f"{posterior.engine} answers with a point: it has no distribution to be calibrated.")
         if not posterior.status.done:

@@ -16,6 +16,7 @@ from rich.text import Text
 from scipy import stats
 
 from pyrometer.inference import ProblemError
+from pyrometer.inference.storage import whole
 
 from .report import count
 
@@ -89,7 +90,7 @@ def leaves_band(quantity: Quantity) -> float | None:
 def check_pictures() -> None:
     """Raises `ProblemError` where pictures cannot be drawn."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ProblemError("a picture needs matplotlib: pip install pyrometer[pictures].")
+        raise ProblemError("a picture needs matplotlib: pip install pyrometer[report].")
 
 
 def picture(calibration: Calibration, path: str | Path) -> Path:
@@ -120,5 +121,6 @@ def picture(calibration: Calibration, path: str | Path) -> Path:
     figure.supxlabel("rank of the truth among the draws", fontsize=8)
     figure.supylabel(f"ECDF less uniform, {LEVEL:.0%} band", fontsize=8)
     path = Path(path)
-    figure.savefig(path, dpi=120)
+    with whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
     return path

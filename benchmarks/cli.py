@@ -16,11 +16,11 @@ from .terminal import (
     announcer,
     check_writable,
     collect,
-    console,
     deliver,
     json_option,
     listed,
     seed_option,
+    show,
     watched,
 )
 
@@ -135,8 +135,8 @@ def square(
 @click.argument("runs", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), default="report.html", show_default=True)
 @click.option("--compare", "against", type=click.Path(path_type=Path), help="Other runs: say what changed since them.")
-@click.option("--open", "show", is_flag=True, help="Open the page in the browser.")
-def report(runs: Path, out: Path, against: Path | None, show: bool) -> None:
+@click.option("--open", "opened", is_flag=True, help="Open the page in the browser.")
+def report(runs: Path, out: Path, against: Path | None, opened: bool) -> None:
     """Write one page on the folder RUNS: which engine to trust on which model, at which cost.
 
     The page needs nothing but itself; its numbers are written beside it as CSV and JSON.
@@ -150,8 +150,8 @@ def report(runs: Path, out: Path, against: Path | None, show: bool) -> None:
         raise Mistake(f"--out {out}: {error.strerror or error}.") from error
     if written.unreadable:
         click.echo(f"{len(written.unreadable)} runs could not be read; the page says which.", err=True)
-    click.echo(f"{written.page}: {written.cells} runs, {written.page.stat().st_size / 2**20:.1f} MB")
-    if show:
+    show(f"{written.page}: {written.cells} runs, {written.page.stat().st_size / 2**20:.1f} MB")
+    if opened:
         click.launch(str(written.page))
 
 
@@ -226,12 +226,11 @@ def list_(matrix: bool) -> None:
     if matrix:
         from .serves import as_markdown, serves
 
-        click.echo(as_markdown(serves()))
+        show(as_markdown(serves()))
         return
     from pyrometer.inference.registry import engines, learners
     from pyrometer.models import families
 
-    shown = console()
     for title, found in (("models", families()), ("engines", engines()), ("learners", learners())):
         table = Table.grid(padding=(0, 2))
         table.add_column(no_wrap=True)
@@ -242,7 +241,7 @@ def list_(matrix: bool) -> None:
             except ValueError as error:  # a plug-in that cannot be imported must not hide the others
                 words = str(error)
             table.add_row(Text("  " + name, style="bold"), Text(" ".join(words.split())))
-        shown.print(Text(title, style="bold underline"), table, Text(""), sep="\n")
+        show(Text(title, style="bold underline"), table, Text(""))
 
 
 @main.command()
@@ -254,7 +253,7 @@ def doctor() -> None:
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         table.add_row(Text(name, style="bold"), Text(str(fact)))
-    console().print(table)
+    show(table)
     if not passed:
         raise click.ClickException("the self-test failed: numbers from this installation cannot be trusted.")
 
@@ -267,10 +266,10 @@ def cache(clear: bool) -> None:
         from pyrometer.inference.native.toolchain import clear as delete
 
         count, size = delete()
-        click.echo(f"deleted {count} compiled densities, {size / 2**20:.1f} MB")
+        show(f"deleted {count} compiled densities, {size / 2**20:.1f} MB")
     from .doctor import kept
 
-    click.echo(kept())
+    show(kept())
 
 
 @main.command()
@@ -297,7 +296,7 @@ def demo(seed: int, json_path: Path | None) -> None:
     comparison = gather(problem, found, seed=seed, command=f"pyrometer demo --seed {seed}", complete=ended is None)
     deliver(comparison, comparison.to_json, json_path, ended)
     if bracket is not None:
-        click.echo("\n" + in_words(bracket))
+        show("\n" + in_words(bracket))
 
 
 @main.command()
@@ -369,16 +368,18 @@ def bench(grid: str, out: Path, **options: Any) -> None:
     chosen = selected(named(grid), **{key: options.pop(key) for key in ("models", "engines", "budgets", "seeds")})
     with announcer() as announce:
 
-        def show(going: Going) -> None:
+        def tell(going: Going) -> None:
             wrong = ", ".join(f"{count} {state}" for state, count in going.states.items() if state != "done")
             left = "" if going.left is None else f", {max(1, round(going.left / 60))} min left"
             announce(f"{going.done} of {going.total} cells{f', {wrong}' if wrong else ''}{left}  {going.last}")
 
         try:
-            done = run(chosen, out, progress=show, **options)
-        except (StoreError, WorkerError) as error:
+            done = run(chosen, out, progress=tell, **options)
+        except StoreError as error:
+            raise Mistake(str(error)) from error
+        except WorkerError as error:
             raise click.ClickException(str(error)) from error
-    console().print(done.table())
-    click.echo(
-        f"{len(done.states)} cells in {out}; the page: pyrometer report {shlex.quote(str(out))} --out report.html"
+    show(
+        done.table(),
+        f"{len(done.states)} cells in {out}; the page: pyrometer report {shlex.quote(str(out))} --out report.html",
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from pyrometer.inference import Posterior, Problem, ProblemError, infer
-from pyrometer.inference.chains import INTERRUPTED
+from pyrometer.inference.chains import interrupted
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import check_problem, isolated, why_not
 from pyrometer.inference.learn import Fit
@@ -221,7 +221,7 @@ def judge(
                     announce(name + (f" at the theta of {learner_name}" if learner_name else ""))
                     judged_row = _judged(target, row, engine, parameters, reference, progress, device, every)
                     yield judged_row
-                    if any(note.startswith(INTERRUPTED) for note in judged_row.notes):
+                    if interrupted(judged_row.notes):
                         raise KeyboardInterrupt  # which the engine kept to itself, for the sake of its draws
 
     return run()

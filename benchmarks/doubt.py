@@ -18,6 +18,7 @@ from torch import Tensor
 from pyrometer.inference import ImportanceSampling, Posterior, Problem, ProblemError, infer
 from pyrometer.inference.learn import Fit
 from pyrometer.inference.statistics import k_hat_threshold, psis
+from pyrometer.inference.storage import whole
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,8 @@ def picture(
         axes.imshow(images[index].numpy(), cmap="gray_r")
         axes.set_title(f"{index}: {k_hat:.2f}", fontsize=9)
         axes.set_axis_off()
-    canvas.print_png(str(path))
+    with whole(path) as file:
+        canvas.print_png(file)
     return path
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import pyrometer.inference
 from pyrometer.inference import Fit, Posterior, Problem, ProblemError, Reference, Status, infer
+from pyrometer.inference.chains import interrupted
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 
@@ -172,12 +173,19 @@ def _run(task: Task, store: Store) -> tuple[Record, Posterior | None]:
 def _within(problem: Problem, engine: Any, cell: Cell, parameters: Any) -> Posterior:
     """The engine's answer within the budget. One of seconds is met by runs of growing size, of which the last that
     fits is the answer: how large that is depends on the machine, so these numbers do not repeat."""
-    seed, calls, seconds = _seed(cell), cell.budget.calls, cell.budget.seconds
+    calls, seconds = cell.budget.calls, cell.budget.seconds
+
+    def run() -> Posterior:
+        posterior = infer(problem, engine, seed=_seed(cell), parameters=parameters, calls=calls)
+        if interrupted(posterior.diagnostics.notes):
+            raise KeyboardInterrupt  # a part of the draws is not the cell's answer
+        return posterior
+
     if seconds is None:
-        return infer(problem, engine, seed=seed, parameters=parameters, calls=calls)
+        return run()
     best, calls, left = None, 500.0, seconds
     while True:
-        posterior = infer(problem, engine, seed=seed, parameters=parameters, calls=calls)
+        posterior = run()
         took = posterior.cost.seconds
         fits = posterior.status.done and took <= seconds
         if fits and (best is None or posterior.cost.calls > 1.2 * best.cost.calls):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,6 +130,11 @@ def cut_short(chains: int, asked: int, draws: int, num_samples: int) -> list[str
         return []
     part = f"{chains} of {asked} chains, " if chains < asked else ""
     return [f"{INTERRUPTED}{part}{draws} of {num_samples} draws of each are there"]
+
+
+def interrupted(notes: Iterable[str]) -> bool:
+    """Whether these are the notes of such an answer: who runs more than one inference has to end as well."""
+    return any(note.startswith(INTERRUPTED) for note in notes)
 
 
 def stuck(lp: Tensor) -> list[str]:

@@ -60,7 +60,12 @@ def save(posterior: Posterior, path: Path) -> Path:
 @contextmanager
 def whole(path: Path) -> Iterator[IO[bytes]]:
     """A file that appears at `path` whole or not at all: it is written under another name in the same folder, synced,
-    then renamed. Raises OSError."""
+    then renamed. A device or a pipe, as /dev/stdout is, is written to as it stands. Raises OSError."""
+    stream = path.exists() and not path.is_file()
+    if stream or path.absolute().parent in (Path("/dev"), Path("/dev/fd")):  # a rename would put a file in its place
+        with open(path, "ab") as file:
+            yield file
+        return
     unfinished = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
         with open(unfinished, "xb") as file:

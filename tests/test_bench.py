@@ -619,7 +619,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_with_one_line(tmp_path):
     done = CliRunner().invoke(
         main, ["bench", "smoke", "--engines", "enumeration", "--out", str(tmp_path / "file" / "x")]
     )
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "file" in done.output
     assert "Traceback" not in done.output
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -254,6 +259,120 @@ def test_a_run_needs_no_home_no_language_and_no_plain_path(language, tmp_path):
     read = json.loads(written.read_text(encoding="utf-8"))
     assert read["rows"][0]["status"]["state"] == "done"
     assert not re.search(r"\d,\d", done.stdout)
+
+
+def test_a_record_that_cannot_be_written_is_kept_elsewhere(tmp_path, monkeypatch):
+    """The disk of the file named is full; that of temporary files is not."""
+    from pyrometer.benchmarks import tabled
+
+    real = tabled.whole
+
+    def whole(path):
+        if path.parent == tmp_path:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(path)
+
+    monkeypatch.setattr(tabled, "whole", whole)
+    done = run("compare", "conjugate_gaussian", *QUICK, "--json", tmp_path / "out.json")
+    assert done.exit_code == 2
+    assert "truth (exact)" in done.stdout
+    (line,) = done.stderr.strip().splitlines()
+    path = Path(re.search(r"No space left on device; everything is in (\S+) instead\.$", line)[1])
+    assert json.loads(path.read_text())["complete"] is True
+    assert list(tmp_path.iterdir()) == []
+    shutil.rmtree(path.parent)
+
+
+@pytest.mark.parametrize("command", [["compare", "vae"], ["square", "vae", "--learn", "svi"], ["demo"], ["speed"]])
+def test_a_folder_that_cannot_be_written_is_told_before_the_work(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    done = run(*command, "--json", tmp_path / "out.json")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "cannot be written" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="no full device here")
+def test_what_standard_output_does_not_take_is_on_standard_error():
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "pyrometer.benchmarks", "list"],
+            stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    *shown, last = done.stderr.strip().splitlines()
+    assert last == "Error: standard output: No space left on device."
+    assert shown
+    assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_has_gone_costs_no_record(tmp_path):
+    """`pyrometer ... --json out.json | true`"""
+    path = tmp_path / "out.json"
+    child = subprocess.Popen(
+        [sys.executable, "-m", "pyrometer.benchmarks", "compare", "conjugate_gaussian", *QUICK, "--json", str(path)],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with child:
+        child.stdout.close()
+        assert child.stderr.read() == ""
+    assert json.loads(path.read_text())["complete"] is True
+
+
+@pytest.mark.parametrize("swallowed", [False, True])
+def test_sigterm_ends_as_ctrl_c_does(swallowed, tmp_path, monkeypatch):
+    """Also where a library that is being imported makes an ImportError of it."""
+    from pyrometer.benchmarks import comparison
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def ended(problem, engine, **more):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            if not swallowed:
+                raise
+        return real(problem, engine, **more)
+
+    def broken(*arguments, **more):
+        raise ImportError("cannot load module more than once per process")
+
+    real = broken if swallowed else comparison.infer
+    monkeypatch.setattr(comparison, "infer", ended)
+    done = run("compare", "conjugate_gaussian", *QUICK)
+    assert done.exit_code == 130
+    assert done.stderr == "interrupted\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("command", ["calibrate", "bench"])
+def test_draws_that_ctrl_c_cut_short_are_no_result_of_many(command, tmp_path, monkeypatch):
+    """An engine keeps the draws it has; what runs it again and again has to end all the same."""
+    from pyrometer.benchmarks import calibrate, task
+    from pyrometer.inference import engine as harness
+
+    module = {"calibrate": calibrate, "bench": task}[command]
+    real, calls = harness.infer, []
+
+    def infer(problem, method, **more):
+        calls.append(1)
+        posterior = real(problem, method, **more)
+        if len(calls) < 2:
+            return posterior
+        words = replace(posterior.diagnostics, notes=("interrupted: 5 of 9 draws of each are there",))
+        return replace(posterior, diagnostics=words)
+
+    monkeypatch.setattr(module, "infer", infer)
+    out = tmp_path / "runs"
+    words = {
+        "calibrate": ["gamma_poisson", "importance", "--replicates", "2000"],
+        "bench": ["smoke", "--models", "conjugate_gaussian", "--backend", "in-process", "--out", out],
+    }
+    done = run(command, *words[command])
+    assert (done.exit_code, done.stderr) == (130, "interrupted\n")
+    assert len(calls) == 2
+    if command == "bench":
+        assert len(list(out.glob("*/record.json"))) == 1
 
 
 def test_list_describes_every_model_engine_and_learner():

@@ -9,6 +9,8 @@ import math
 import os
 import pickle
 import random
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -24,6 +26,26 @@ from pyrometer.inference.problem import Problem
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # arviz announces its next version at import
     import xarray
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "standard output"])
+def test_what_is_no_file_is_written_to_and_not_replaced(kind, tmp_path):
+    """A rename would put a file where a device was: as root even /dev/null. What redirected output has so far stays."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    path = pipe if kind == "a pipe" else Path("/dev/fd/1")
+    program = (
+        "import sys; from pathlib import Path; from pyrometer.inference.storage import whole; "
+        "print('before', flush=True)\nwith whole(Path(sys.argv[1])) as file: file.write(b'all of it')"
+    )
+    with open(tmp_path / "out", "wb") as out:
+        child = subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=out)
+        if kind == "a pipe":
+            assert pipe.read_bytes() == b"all of it"
+        assert child.wait(60) == 0
+    assert (tmp_path / "out").read_text() == "before\n" + ("all of it" if kind != "a pipe" else "")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "pipe"]
+    assert pipe.is_fifo()
 
 
 def randn(*shape, seed=0):
