@@ -18,6 +18,7 @@ from scipy import stats
 from pyrometer.inference import ProblemError
 from pyrometer.inference.storage import whole
 
+from .folding import Folding
 from .report import count
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def render(calibration: Calibration) -> RenderableType:
     legend = (
         "shift: how far the truth lies above the answer; spread: of the truth, in the answer's sds; 0 and 1 are right."
     )
-    return Group(title, Text(""), table, Text(""), *(Text(line) for line in lines), Text(legend))
+    return Group(title, Text(""), Folding(table), Text(""), *(Text(line) for line in lines), Text(legend))
 
 
 @cache

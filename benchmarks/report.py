@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from .folding import Folding
 from .metrics import METRICS, MORE, HeldOut, Score
 
 if TYPE_CHECKING:
@@ -73,7 +74,15 @@ def render(comparison: Comparison, width: int = 120, ascii_only: bool = False) -
     if notes.texts:
         parts += [listed(notes)]
     parts += ["\n".join(line.format(pm=style.pm, ge=style.ge) for line in LEGEND)]
-    return Group(*(item for part in parts for item in (Text(part) if isinstance(part, str) else part, Text(""))))
+    return spaced(parts)
+
+
+def spaced(parts: Iterable[RenderableType]) -> RenderableType:
+    """A blank line behind each; tables with a head fold where they do not fit."""
+    shown = [
+        Folding(p) if isinstance(p, Table) and p.show_header else Text(p) if isinstance(p, str) else p for p in parts
+    ]
+    return Group(*(item for part in shown for item in (part, Text(""))))
 
 
 def _title(comparison: Comparison) -> str:

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rich.console import Group, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from .gaps import NAMES
-from .report import Notes, Style, coloured, count, listed, seconds, shapes, state, style_of, table_of, with_error
+from .report import (
+    Notes,
+    Style,
+    coloured,
+    count,
+    listed,
+    seconds,
+    shapes,
+    spaced,
+    state,
+    style_of,
+    table_of,
+    with_error,
+)
 
 if TYPE_CHECKING:
     from .gaps import Gap, Gaps, Losses
@@ -64,7 +77,7 @@ def _grouped(parts: list[RenderableType], notes: Notes, legend: tuple[str, ...],
     if notes.texts:
         parts = [*parts, listed(notes)]
     parts = [*parts, "\n".join(line.format(pm=style.pm, ge=style.ge) for line in legend)]
-    return Group(*(item for part in parts for item in (Text(part) if isinstance(part, str) else part, Text(""))))
+    return spaced(parts)
 
 
 def _title(square: Square) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
 
 from pyrometer.benchmarks.cli import main
 
@@ -432,3 +434,44 @@ def test_doctor_says_how_densities_run(monkeypatch, tmp_path):
     output = " ".join(run("doctor").output.split())
     assert "densities native (made in" in output
     assert re.search(r"compiled code \d densities, 0\.\d of 256 MB in ", output)
+
+
+WIDTHS = (110, 100, 90, 80, 60, 40)
+NUMBER = re.compile(r"(?<![\w.-])-?\d+(?:\.\d+)?(?:e[-+]\d+)?[kMG]?(?![\w.-])")
+
+
+def printed(shown, width):
+    buffer = io.StringIO()
+    Console(file=buffer, width=width).print(shown)
+    return buffer.getvalue()
+
+
+def assert_whole_at_all_widths(shown, names):
+    wide = set(NUMBER.findall(printed(shown, 120)))
+    assert len(wide) > 5
+    for width in WIDTHS:
+        narrow = printed(shown, width)
+        assert max(map(len, narrow.splitlines())) <= width
+        assert wide <= set(NUMBER.findall(narrow)), width
+        unbroken = "".join(narrow.split())
+        assert all("".join(name.split()) in unbroken for name in names if width <= 60), width
+
+
+def test_no_number_is_broken_on_a_narrow_terminal():
+    """What '2.06k' is in 120 columns is not '2.06' over 'k' in 60: rows become paragraphs."""
+    from pyrometer.benchmarks import compare
+    from pyrometer.inference import Enumeration, ImportanceSampling
+    from pyrometer.models import conjugate_gaussian
+
+    engines = [ImportanceSampling(num_samples=1234, proposal="prior"), Enumeration()]
+    shown = compare(conjugate_gaussian.problem(num_data=5), engines, learn="em")
+    assert_whole_at_all_widths(shown, [row.engine for row in shown.rows] + ["truth (exact)", "evaluations 1.23k"])
+
+
+def test_no_number_of_a_calibration_is_broken_on_a_narrow_terminal():
+    from pyrometer.benchmarks.calibrate import calibrate
+    from pyrometer.inference import ImportanceSampling
+    from pyrometer.models import conjugate_gaussian
+
+    shown = calibrate(conjugate_gaussian.problem(num_data=5), ImportanceSampling(num_samples=300), replicates=100)
+    assert_whole_at_all_widths(shown, [quantity.name for quantity in shown.quantities])

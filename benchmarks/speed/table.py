@@ -10,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from ..folding import Folding
 from . import cases
 from .agreement import LIMIT
 from .results import FITS, UNITS, Benchmark, Row
@@ -85,7 +86,7 @@ def _case(benchmark: Benchmark, case: str) -> list[RenderableType]:
     ]
     return [
         Text.assemble((case, "bold"), f"  {title}"),
-        _table(rows, module.KIND),
+        Folding(_table(rows, module.KIND)),
         *(Text(line) for line in lines),
         *(Text(line, style="red") for line in [*_warnings(rows), *_failures(rows)]),
         Text(""),
