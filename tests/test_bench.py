@@ -640,7 +640,7 @@ def test_a_disk_that_fills_up_ends_the_run_and_keeps_what_was_there(tmp_path):
         [sys.executable, str(program), "bench", str(tmp_path / "grid.toml"), *words],
         capture_output=True, text=True, check=False, env=surroundings(),
     )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    assert done.returncode == 2, done.stderr
     assert "too large" in done.stderr.lower()
     assert "Traceback" not in done.stderr
     assert all(Store(out).state(key) == "unsupported" for key in before.states)
