@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from .engine import EngineError, Run
 from .posterior import gathered
 
 CLIMBED = 1e-10  # nats that another step would gain, below which a point has arrived
+ROWS_TOGETHER = 2**22  # numbers of the program that rows of a Hessian take, at most
 RISING = 1e-6  # nats that a climb may still be below its mode
 
 
@@ -204,11 +206,24 @@ def _curvature(density: Density, function: Callable[[Tensor], Tensor], u: Tensor
         u = u.detach().requires_grad_(True)
         value = function(u)
         (gradient,) = torch.autograd.grad(value.sum(), u, create_graph=True)
-        rows = []
-        for i in range(u.shape[-1]):
-            part = gradient[..., i].sum()
-            row = torch.autograd.grad(part, u, retain_graph=True, allow_unused=True)[0] if part.requires_grad else None
-            rows.append(torch.zeros_like(u) if row is None else row)
-            density.counts["gradients"] += len(u)
-    hessian = torch.stack(rows, -2)
+        hessian = _rows(density, gradient, u)
+        density.counts["gradients"] += u.shape[-1] * len(u)
     return value.detach(), gradient.detach(), (hessian + hessian.mT) / 2
+
+
+def _rows(density: Density, gradient: Tensor, u: Tensor) -> Tensor:
+    """The derivative of a gradient of u, (S, *batch, D, D): many rows by one pass where each of its operations can be
+    batched, else one by one."""
+    none = torch.zeros((u.shape[-1], *u.shape), dtype=u.dtype, device=u.device)
+    if not gradient.requires_grad:
+        return none.movedim(0, -2)
+    each = torch.eye(u.shape[-1], dtype=u.dtype, device=u.device)
+    each = each.reshape(-1, *[1] * (u.dim() - 1), u.shape[-1]).expand_as(none)
+    derivative = partial(torch.autograd.grad, gradient, u, retain_graph=True, allow_unused=True)
+    together = max(1, ROWS_TOGETHER // (len(u) * density.layout.numel))
+    try:
+        rows = [derivative(part, is_grads_batched=True)[0] for part in each.split(together)]
+    except RuntimeError:
+        rows = [derivative(one)[0] for one in each]
+        rows = rows if rows[0] is None else [torch.stack(rows)]
+    return (none if rows[0] is None else torch.cat(rows)).movedim(0, -2)

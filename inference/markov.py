@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .density import Density
 from .problem import ProblemError
-from .program import SOMETIMES
+from .program import SOMETIMES, settle
 from .rolled import Group, RollError, rolled
 
 CYCLE = 3  # neighbours in time have dimensions of their own, and so has the one before them, to see that it is not used
@@ -48,9 +48,12 @@ class _Laid(Messenger):
         return self.first - step % CYCLE
 
     def _process_message(self, msg: Message) -> None:
-        if msg["type"] != "sample" or site_is_subsample(msg) or msg["is_observed"]:
+        if msg["type"] != "sample" or site_is_subsample(msg):
             return
+        settle(msg)
         name: str = msg["name"]
+        if msg["is_observed"]:
+            return
         if name not in self.sites:
             raise ProblemError(SOMETIMES.format(name))
         support = self.sites[name].values(self.dtype)

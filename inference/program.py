@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Beta, Independent, LKJCholesky, MixtureSameFamily, VonMises, biject_to, constraints
+from torch.distributions import (
+    Beta,
+    Distribution,
+    Independent,
+    LKJCholesky,
+    MixtureSameFamily,
+    VonMises,
+    biject_to,
+    constraints,
+)
 
 from .problem import ProblemError
 
@@ -208,7 +218,7 @@ class Scribe(Messenger):
             if self.minibatch and name == self.minibatch[0].name and msg["fn"].size == self.minibatch[0].size:
                 msg["value"] = self.minibatch[1]
             return
-        lift_mask(msg)
+        settle(msg)
         if self.minibatch is not None:
             msg["scale"] = self._scale(msg, self.minibatch)
         if msg["is_observed"]:
@@ -309,6 +319,24 @@ def lift_mask(msg: Message) -> None:
         outer: Any = msg["mask"]
         msg["mask"] = fn._mask if outer is None else outer & fn._mask
         fn = msg["fn"] = fn.base_dist
+
+
+def settle(msg: Message) -> None:
+    """As a density sees a site: masked by the message alone, and with no check of values."""
+    lift_mask(msg)
+    msg["fn"] = _unchecked(msg["fn"])
+
+
+def _unchecked(fn: Any) -> Any:
+    """The distribution without checks, which depend on values, so that no compiler can follow them. One that was made
+    before the program ran, as every `PyroSample` is, has kept its own."""
+    parts = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
+    inside = {name: _unchecked(part) for name, part in parts.items()}
+    if not vars(fn).get("_validate_args") and all(inside[name] is part for name, part in parts.items()):
+        return fn
+    bare = copy(fn)
+    vars(bare).update(inside, _validate_args=False)
+    return bare
 
 
 def unmasked(fn: Any) -> Any:

@@ -29,7 +29,7 @@ from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
 from .posterior import gathered
-from .program import SOMETIMES, Site, lift_mask, support_of, unmasked
+from .program import SOMETIMES, Site, settle, support_of, unmasked
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Filter(Messenger):
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg):
             return
-        lift_mask(msg)
+        settle(msg)
         if msg["is_observed"]:
             return
         name: str = msg["name"]
@@ -185,7 +185,7 @@ class Guided(Messenger):
     def _process_message(self, msg: Message) -> None:
         if msg["type"] != "sample" or site_is_subsample(msg) or msg["is_observed"]:
             return
-        lift_mask(msg)
+        settle(msg)
         name: str = msg["name"]
         msg["value"] = _drawn(msg["fn"], name, _site(self.sites, name), self.cloud, self.lineage, self.lane)
         self.proposals[name] = msg["fn"]

@@ -16,6 +16,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader
 
 from .parameters import Parameters, find_parameters
 from .problem import Problem, ProblemError
@@ -122,8 +123,19 @@ def _run(problem: Problem, program: Callable[..., Any], what: str) -> Survey:
         shapes = _list(tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in problem.args)
         raise ProblemError(
             f"the {what} failed when run with arguments of shape {shapes}: {type(error).__name__}: {error}"
+            f"{_advice(problem)}"
         ) from error
     return survey
+
+
+def _advice(problem: Problem) -> str:
+    """What to do about data that are no tensors, where there are such."""
+    values = [*problem.args, *problem.kwargs.values()]
+    if any(isinstance(v, DataLoader) for v in values):
+        return ". Pass all data as tensors, not a DataLoader: engines make the minibatches themselves (batch_size=...)."
+    if any(hasattr(v, "__array__") and not isinstance(v, Tensor) for v in values):
+        return ". Pass data as tensors: torch.as_tensor(x)."
+    return ""
 
 
 def _log_probs(survey: Survey) -> list[Tensor]:

@@ -19,6 +19,7 @@ from pyro import poutine
 from pyro.infer import autoguide
 from torch import nn
 from torch.distributions import constraints
+from torch.utils.data import DataLoader, TensorDataset
 
 from pyrometer.benchmarks import compare
 from pyrometer.inference import (
@@ -74,6 +75,11 @@ def local(x):
     with pyro.plate("data", len(x)):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+
+def centred(x):
+    z = pyro.sample("z", dist.Normal(x.mean(), 1.0))
+    pyro.sample("x", dist.Normal(z, x.exp()).to_event(1), obs=x)
 
 
 def local_guide(x):
@@ -349,6 +355,8 @@ REFUSED = {
     "no data": (lambda: Problem(local, args=(torch.zeros(0),)), r"args\[0\] is empty, shape \(0,\)"),
     "no rows": (lambda: Problem(local, args=(X, torch.zeros(0, 3))), r"args\[1\] is empty, shape \(0, 3\)"),
     "no data by keyword": (lambda: Problem(local, kwargs={"x": torch.zeros(0)}), r"kwargs\['?x'?\] is empty"),
+    "a DataLoader": (on(centred, DataLoader(TensorDataset(X))), r"not a DataLoader.*batch_size="),
+    "an array of numpy": (on(centred, X.numpy()), r"torch\.as_tensor\(x\)"),
     "nan in the data": (on(local, NAN), r"site 'x'.*contains NaN \(1 of 2\).*poutine\.mask"),
     "inf in the data": (on(local, INF), r"site 'x'.*(inf|finite)"),
     "data of another shape": (on(shared, torch.zeros(6, 2)), r"site 'x'.*\(6, 2\).*\[6\]"),
@@ -382,7 +390,7 @@ REFUSED = {
         on(lambda d: local(d["x"]), {"x": X.clone().requires_grad_()}),
         r"argument 0.*detach",
     ),
-    "data as an array": (on(local, X.numpy()), r"site 'x'.*[Tt]ensor"),
+    "data as an array": (on(centred, X.numpy()), r"site 'x'.*[Tt]ensor"),
     "data as a list": (on(local, [1.0, 2.0]), r"site 'x'.*[Tt]ensor"),
     "an observation as a number": (
         on(lambda x: shared(x) or pyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)),

@@ -12,6 +12,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer import autoguide
+from pyro.nn import PyroModule, PyroSample
 from torch import Tensor
 
 from pyrometer.inference import (
@@ -188,6 +189,26 @@ def test_a_program_that_goes_through_numpy_is_run_draw_by_draw():
     posterior = infer(Problem(model, args=(X,)), ImportanceSampling(num_samples=1000, proposal="prior"), seed=1)
     truth = float(dist.Normal(0.0, math.sqrt(5.0)).log_prob(X))
     assert abs(float(posterior.log_evidence.value) - truth) < 5 * float(posterior.log_evidence.std_error)
+
+
+class Line(PyroModule):
+    """Priors that were made, and expanded, before the program runs keep torch's checks of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.line = PyroModule[torch.nn.Linear](2, 1)
+        self.line.weight = PyroSample(dist.LogNormal(0.0, 1.0).expand([1, 2]).to_event(2))
+        self.line.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+    def forward(self, x: Tensor) -> None:
+        y = self.line(x).squeeze(-1)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Normal(y, 1.0), obs=x[:, 0])
+
+
+def test_a_module_of_pyros_is_compiled_like_any_program():
+    posterior = infer(Problem(Line(), args=(torch.eye(2),)), NUTS(num_samples=20, warmup_steps=20), seed=1)
+    assert posterior.cost.backend in ("native", "graph")  # graph where there is no compiler
 
 
 def test_data_that_the_model_alters_in_place_are_named_among_the_reasons():
