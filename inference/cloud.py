@@ -15,7 +15,7 @@ from .tempering import added, of_families
 
 
 @dataclass(frozen=True)
-class Plan:
+class CloudPlan:
     """How particles are carried: `count` in each of `runs` independent filters; the rest as in `tempering.PathPlan`."""
 
     count: int
@@ -32,7 +32,7 @@ class Cloud:
     Lanes are numbered s R + r. `ancestors` holds, for each time of resampling, who descends from whom.
     """
 
-    def __init__(self, density: Density, plan: Plan) -> None:
+    def __init__(self, density: Density, plan: CloudPlan) -> None:
         self.plan, self.batch = plan, tuple(density.batch_shape)
         self.values: dict[str, tuple[Tensor, int]] = {}  # site -> (S, R, *batch, *own) as drawn, and when
         self.present: dict[str, tuple[Tensor, int]] = {}  # the same, as far as it was brought up to date

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .batching import out_of_place
-from .cloud import Cloud, Plan
+from .cloud import Cloud, CloudPlan
 from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
@@ -230,7 +230,7 @@ def _drawn(fn: Any, name: str, site: Site, cloud: Cloud, lineage: Lineage, lane:
 
 
 def carried(
-    density: Density, plan: Plan, given: Mapping[str, Tensor] | None = None, num_moves: int = 0
+    density: Density, plan: CloudPlan, given: Mapping[str, Tensor] | None = None, num_moves: int = 0
 ) -> tuple[Cloud, dict[str, Tensor], Tensor]:
     """Carry particles through one run of the program: the cloud; the lines of the particles of the end, site ->
     (S, R, *batch, *own), smoothed by so many moves at each step (0: by ancestry); and the log density of the given.
@@ -280,7 +280,7 @@ def shared_latents(density: Density) -> tuple[str, ...]:
     terms: list[Term] = []
 
     def one(lane: Tensor) -> Tensor:
-        cloud = Cloud(density, Plan(2))
+        cloud = Cloud(density, CloudPlan(2))
         with Lineage() as lineage, Filter(density, cloud, time, lineage, lane, {}, {}, terms):
             density.problem.model(*density.args, **density.kwargs)
         return lane

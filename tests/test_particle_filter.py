@@ -19,7 +19,7 @@ from torch import Tensor
 from zoo import EXACT
 
 from pyrometer.inference import Problem, ProblemError, infer, why_not
-from pyrometer.inference.cloud import Plan
+from pyrometer.inference.cloud import CloudPlan
 from pyrometer.inference.density import Density
 from pyrometer.inference.engine import isolated
 from pyrometer.inference.engines.particle_filter import ParticleFilter
@@ -41,7 +41,7 @@ def problem_of(name: str) -> Problem:
     return MAKERS[name]()
 
 
-def clouds(problem: Problem, plan: Plan, seed: int = 1, num_moves: int = 0):
+def clouds(problem: Problem, plan: CloudPlan, seed: int = 1, num_moves: int = 0):
     """The cloud of R filters, their lines, and the truth."""
     density = Density(problem)
     with isolated(seed), torch.no_grad(), density:
@@ -77,7 +77,7 @@ def assert_moments(cloud, lines, truth, bias: float) -> None:
 @pytest.mark.parametrize("scheme", ["systematic", "stratified", "residual", "multinomial"])
 @pytest.mark.parametrize("name", ["hidden_markov", "linear_gaussian_ssm"])
 def test_every_scheme_and_policy_gives_the_same_evidence(name, policy, scheme):
-    plan = Plan(100 if policy != "never" else 300, RUNS, scheme=scheme, policy=policy)
+    plan = CloudPlan(100 if policy != "never" else 300, RUNS, scheme=scheme, policy=policy)
     cloud, _, truth = clouds(problem_of(name), plan)
     off = cloud.log_evidence - truth.log_evidence.value
     assert_unbiased(off, 0.1 if policy == "never" else 0.04)
@@ -88,7 +88,7 @@ def test_every_scheme_and_policy_gives_the_same_evidence(name, policy, scheme):
 
 @pytest.mark.parametrize("name", ["symbols"])
 def test_symbols_too(name):
-    cloud, lines, truth = clouds(problem_of(name), Plan(100, RUNS))
+    cloud, lines, truth = clouds(problem_of(name), CloudPlan(100, RUNS))
     assert_unbiased(cloud.log_evidence - truth.log_evidence.value, 0.04)
     assert_moments(cloud, lines, truth, 0.03)
 
@@ -98,7 +98,7 @@ def test_the_variance_falls_like_one_over_the_particles():
     counts, variances = np.array([100, 1000, 10_000]), []
     for count in counts:
         runs = 256 if count < 5000 else 128  # of the slope, 0.04 are chance
-        cloud, _, truth = clouds(problem, Plan(int(count), runs, policy="always"))
+        cloud, _, truth = clouds(problem, CloudPlan(int(count), runs, policy="always"))
         variances.append(float((cloud.log_evidence - truth.log_evidence.value).var(0).mean()))
     slope = np.polyfit(np.log(counts), np.log(variances), 1)[0]
     assert abs(slope + 1) < 0.2, slope
@@ -108,7 +108,7 @@ def test_the_variance_falls_like_one_over_the_particles():
 def test_the_variance_still_falls_at_many_particles():
     problem, variances = problem_of("hidden_markov"), []
     for count in (1000, 100_000):
-        cloud, _, truth = clouds(problem, Plan(count, 64, policy="always"))
+        cloud, _, truth = clouds(problem, CloudPlan(count, 64, policy="always"))
         variances.append(float((cloud.log_evidence - truth.log_evidence.value).var(0).mean()))
     assert abs(math.log(variances[1] / variances[0]) / math.log(100) + 1) < 0.2
 
@@ -144,7 +144,7 @@ def test_weights_of_all_filters_together_are_for_the_posterior():
 @pytest.mark.parametrize("policy", ["always", "adaptive"])
 @pytest.mark.parametrize("name", ["hidden_markov", "linear_gaussian_ssm"])
 def test_smoothed_moments(name, policy, num_moves):
-    cloud, lines, truth = clouds(problem_of(name), Plan(200, RUNS, policy=policy), num_moves=num_moves)
+    cloud, lines, truth = clouds(problem_of(name), CloudPlan(200, RUNS, policy=policy), num_moves=num_moves)
     assert_moments(cloud, lines, truth, 0.03)
 
 
@@ -185,11 +185,11 @@ def guided() -> Problem:
 
 
 def test_a_guide_draws_given_the_particles_that_survived():
-    cloud, lines, truth = clouds(guided(), Plan(100, RUNS, guided=True, policy="always"))
+    cloud, lines, truth = clouds(guided(), CloudPlan(100, RUNS, guided=True, policy="always"))
     off = cloud.log_evidence - truth.log_evidence.value
     assert_unbiased(off, 0.02)
     assert_moments(cloud, lines, truth, 0.03)
-    plain, _, _ = clouds(guided(), Plan(100, RUNS, policy="always"))
+    plain, _, _ = clouds(guided(), CloudPlan(100, RUNS, policy="always"))
     assert float(off.var()) < 0.5 * float((plain.log_evidence - truth.log_evidence.value).var())
 
 
@@ -316,7 +316,7 @@ def test_one_pass_of_the_program_whatever_its_length():
         density = Density(Problem(model, problem.args))
         before = runs
         with isolated(0), torch.no_grad(), density:
-            carried(density, Plan(50))
+            carried(density, CloudPlan(50))
         calls.append(runs - before)
         assert density.counts["evaluations"] == 50
     assert calls == [1, 1]

@@ -23,7 +23,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from ..cloud import Cloud, Plan
+from ..cloud import Cloud, CloudPlan
 from ..density import Density
 from ..engine import Draws, Run, seed_all
 from ..posterior import Evidence, evidence_from_weights
@@ -79,7 +79,7 @@ class ParticleFilter:
 
     def run(self, density: Density, run: Run) -> Draws:
         guided = self.proposal == "guide" or (self.proposal == "auto" and density.guide_ready)
-        plan = Plan(self.num_samples, self.num_chains, guided, self.resampling, self.policy, self.threshold)
+        plan = CloudPlan(self.num_samples, self.num_chains, guided, self.resampling, self.policy, self.threshold)
         seed_all(run.child(0).seed)
         cloud, lines, _ = carried(density, plan, num_moves=self.num_moves if self.smoothing == "backward" else 0)
         if self.smoothing == "ancestry":

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..cloud import Plan
+from ..cloud import CloudPlan
 from ..density import Density
 from ..engine import Draws, EngineError, Run, seed_all
 from ..problem import ProblemError
@@ -172,7 +172,7 @@ class ParticleMarginalMetropolis:
         """Run the filters of all chains at u (C, D)."""
         parts = u.split([math.prod(_own(density, n)) for n in names], -1)
         given = {n: part.reshape(-1, *_own(density, n)) for n, part in zip(names, parts, strict=True)}
-        plan = Plan(self.num_particles, len(u), scheme=self.resampling, policy="always")
+        plan = CloudPlan(self.num_particles, len(u), scheme=self.resampling, policy="always")
         cloud, lines, log_given = carried(density, plan, given)
         value = (cloud.log_evidence + log_given).nan_to_num(nan=-math.inf).to(u)
         turned = {n: v.movedim(1, 0) for n, v in lines.items()}
