@@ -51,7 +51,8 @@ HEAVIEST = 1 / 8  # of a rule's points: ranks among draws of fewer, heavier ones
 
 @dataclass(frozen=True)
 class Calibration(Tabled):
-    """How it ended: 'passed', 'rejected' or 'undecided' (replicates failed), the last round's quantities, in words."""
+    """How it ended: 'passed', 'rejected' or 'undecided' (replicates failed, or
+    Ctrl-C came), the last round's quantities, in words."""
 
     problem: str
     engine: str
@@ -63,6 +64,7 @@ class Calibration(Tabled):
     seed: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
+    complete: bool = True  # False: Ctrl-C came before its last round was whole
     versions: Mapping[str, str] = field(default_factory=versions)
     machine: Mapping[str, Any] = field(default_factory=machine)
 
@@ -87,7 +89,8 @@ def calibrate(
     rounds       p-values between tiny and harmless are followed by another round of four times as many fresh
                  replicates, up to so many; suspicious in all is rejected
     false_alarm  of all rounds, quantities and tests together, for an engine that is right
-    Failed inferences are counted, and leave the question undecided: ranks of the others alone would be biased.
+    Failed inferences are counted, and leave the question undecided: ranks of the others alone would be biased. So
+    does Ctrl-C, which ends it with the replicates that are there, if there are enough to be told of.
     Raises `ProblemError` where the model cannot be simulated, the engine cannot run, or an argument is out of range.
     """
     method = as_engine(engine)
@@ -106,19 +109,30 @@ def calibrate(
     done: list[Round] = []
     for index in range(rounds):
         number = replicates * 4**index
-        ranked = Ranked(draws)
-        for seeds, simulator in _calls(problem, theta, number, seed, index):
-            simulator.replicate(method, theta, ranked, seeds)
-            if progress is not None:
-                progress(f"round {index + 1}", min(ranked.total, number), number)
-        found, last = ranked.quantities(), ranked.round()
-        done.append(last)
-        if last.failures or not (tiny <= last.p_value < suspicious):
+        ranked, complete = Ranked(draws), True
+        try:
+            for seeds, simulator in _calls(problem, theta, number, seed, index):
+                simulator.replicate(method, theta, ranked, seeds)
+                if progress is not None:
+                    progress(f"round {index + 1}", min(ranked.total, number), number)
+        except KeyboardInterrupt:
+            if not done and not ranked.quantities():
+                raise
+            complete = False
+        if complete or ranked.quantities():
+            found, last = ranked.quantities(), ranked.round()
+            done.append(last)
+        if not complete or last.failures or not (tiny <= last.p_value < suspicious):
             break
     state, verdict = _verdict(done[-1], found, tiny, suspicious)
+    if not complete:
+        state = "rejected" if last.p_value < tiny else "undecided"
+        told = verdict if state == "rejected" else f"the smallest p so far is {last.p_value:.2g}"
+        verdict = f"interrupted after {ranked.total} of {number} replicates of round {index + 1}; {told}"
     return Calibration(
-        problem.name, label(method), state, verdict, tuple(done), found, false_alarm, seed, settings(method), command
-    )
+        problem.name, label(method), state, verdict, tuple(done), found, false_alarm, seed, settings(method), command,
+        complete,
+    )  # fmt: skip
 
 
 # -- simulate and infer ----------------------------------------------------------------------------------------------

@@ -210,12 +210,13 @@ def calibrate(
             problem, method, replicates=replicates, draws=draws, rounds=rounds, seed=seed, progress=announce.progress,
             command=shlex.join(map(str, words)),
         )  # fmt: skip
-    deliver(found, found.to_json, json_path, None)
+    ended: BaseException | None = None if found.complete else KeyboardInterrupt()
     if picture is not None:
         try:
             draw(found, picture)
         except OSError as error:
-            raise Mistake(f"--picture {picture}: {error.strerror or error}.") from error
+            ended = ended or Mistake(f"--picture {picture}: {error.strerror or error}.")
+    deliver(found, found.to_json, json_path, ended)
     ctx.exit(0 if found.passed else 1)
 
 

@@ -373,6 +373,8 @@ def test_draws_that_ctrl_c_cut_short_are_no_result_of_many(command, tmp_path, mo
     done = run(command, *words[command])
     assert (done.exit_code, done.stderr) == (130, "interrupted\n")
     assert len(calls) == 2
+    if command == "calibrate":
+        assert "undecided, interrupted after 1000 of 2000 replicates of round 1; the smallest p" in done.stdout
     if command == "bench":
         assert len(list(out.glob("*/record.json"))) == 1
 
