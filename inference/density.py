@@ -323,10 +323,14 @@ class Density:
         return {**{n: z[n] for n in given}, **(self._recorded(z, follow) if follow else {})}
 
     def _recorded(self, z: Tensor | Values, names: list[str]) -> dict[str, Tensor]:
+        if isinstance(z, Tensor) and self.layout.is_direct(names):
+            return self.layout.constrained(z, names)
         return self._over_samples(partial(self._one.values, names=names), z, random=True)
 
     def unconstrain(self, values: Values) -> Tensor:
         """site -> (*sample, *batch, *event) to u (*sample, *batch, D)."""
+        if self.layout.is_direct(self.continuous):
+            return self.layout.unconstrained(values)
         return self._over_samples(self._one.unconstrained, values, random=True)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,8 +9,9 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.distributions import biject_to
 
-from .program import Plate, Site
+from .program import Plate, Site, is_fixed
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +127,24 @@ class Layout:
             part = part.reshape((*part.shape[:-1], *self._inner(name)))
             given[name] = self.latents[name].to_pyro(part, self.latents[name].unconstrained_event_dim)
         return given
+
+    def is_direct(self, names: Iterable[str]) -> bool:
+        """Whether these are latents whose values can be told of u without running the program."""
+        return all(
+            n in self.latents and not self.latents[n].discrete and is_fixed(self.latents[n].domain) for n in names
+        )
+
+    def constrained(self, u: Tensor, names: Collection[str]) -> dict[str, Tensor]:
+        """u (*sample, *batch, D) -> site -> (*sample, *batch, *event), of latents that are direct."""
+        parts = dict(zip(self.continuous, torch.split(u, self.sizes, -1), strict=True))
+        shaped = {n: parts[n].reshape((*u.shape[:-1], *self._inner(n))) for n in names}
+        return {n: biject_to(self.latents[n].domain)(part) for n, part in shaped.items()}
+
+    def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
+        """site -> (*sample, *batch, *event) -> u (*sample, *batch, D), where all are direct."""
+        parts = [biject_to(self.latents[n].domain).inv(values[n]) for n in self.continuous]
+        inner = [len(self._inner(n)) for n in self.continuous]
+        return torch.cat([p.reshape((*p.shape[: p.dim() - d], -1)) for p, d in zip(parts, inner, strict=True)], -1)
 
     def flat(self, parts: Mapping[str, Tensor]) -> Tensor:
         """Unconstrained values, site -> (*batch, *event), as u (*batch, D)."""
