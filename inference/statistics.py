@@ -133,7 +133,7 @@ def _split_rhat(chains: Tensor) -> Tensor:
 def _ess(chains: Tensor) -> Tensor:
     """Draws over their autocorrelation time, by Geyer's (1992) initial monotone sequence: (K, C, S) -> (K,)."""
     number, length = chains.shape[1:]
-    covariance = _autocovariance(chains).mean(1)  # (K, S)
+    covariance = _autocovariance(chains)
     variance = covariance[:, 0] * length / (length - 1)
     total = covariance[:, 0] + (chains.mean(2).var(1) if number > 1 else 0.0)
     rho = 1 - (variance[:, None] - covariance) / total[:, None]
@@ -154,11 +154,12 @@ def _ess(chains: Tensor) -> Tensor:
 
 
 def _autocovariance(chains: Tensor) -> Tensor:
-    """At every lag: (K, C, S) -> (K, C, S)."""
+    """At every lag, the mean of those of the chains: (K, C, S) -> (K, S)."""
     length = chains.shape[2]
     size = 2 ** math.ceil(math.log2(2 * length))
     spectrum = torch.fft.rfft(chains - chains.mean(2, keepdim=True), size)
-    return torch.fft.irfft(spectrum.abs().square(), size)[..., :length] / length
+    squares = torch.view_as_real(spectrum).square().mean(1)  # of |x|^2 the parts, without the root that abs takes
+    return torch.fft.irfft(squares[..., 0] + squares[..., 1], size)[:, :length] / length
 
 
 # ---------------------------------------------------------------------------------------------------------------
