@@ -390,7 +390,7 @@ REFUSED = {
         on(lambda d: local(d["x"]), {"x": X.clone().requires_grad_()}),
         r"argument 0.*detach",
     ),
-    "data as an array": (on(centred, X.numpy()), r"site 'x'.*[Tt]ensor"),
+    "data as an array": (on(local, X.numpy()), r"site 'x'.*[Tt]ensor"),
     "data as a list": (on(local, [1.0, 2.0]), r"site 'x'.*[Tt]ensor"),
     "an observation as a number": (
         on(lambda x: shared(x) or pyro.sample("y", dist.Normal(0.0, 1.0), obs=1.0)),
