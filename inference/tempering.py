@@ -30,7 +30,9 @@ from .kernels import streams
 from .kernels.metropolis import Point
 from .resampling import ancestors, takes
 
-BISECTIONS, CLOSE = 60, 1e-6  # at most, and how close, relative to it, a temperature is to the best
+TRIALS, CLOSE, LEAST = 60, 1e-6, 2.0**-60  # of temperatures, at most; how close one is to the best, relative and least
+STRETCH = 2.0  # of a step, within which the next one is looked for first
+MOST = 1e4  # of minus the log share, which may be infinite
 MAX_STAGES = 500  # temperatures, from which on the rest of the path is taken in one step
 LEARN = 1.0  # change of log step size for each unit of acceptance that is missing
 PRIOR_COUNT = 5.0  # particles that the last stage's variances count for
@@ -119,12 +121,12 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Path
     zero = torch.zeros(G, dtype=dtype, device=device)
 
     def height(at: Tensor) -> Tensor:
-        return path(lane(at), point.values)[0].reshape(S, G)
+        return path(at, point.values.reshape(S, G, -1))[0]
 
     def rise(here: Tensor, to: Tensor) -> Tensor:
         return height(to) - here
 
-    log_w, log_z, beta = even, zero, zero
+    log_w, log_z, beta, stride = even, zero, zero, zero + 1
     broken, chance, apart = zero != zero, zero, zero
     eve = torch.arange(S, device=device)[:, None].expand(S, G)
     log_step = torch.full_like(zero, math.log(bound.first_step(D)))
@@ -148,8 +150,9 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Path
             elif stage >= MAX_STAGES:
                 target, hurried = torch.ones_like(zero), True
             else:
-                target = _next(beta, log_w, partial(rise, here), plan)
+                target = _next(beta, log_w, partial(rise, here), plan, STRETCH * stride)
             target = torch.where(going, target, beta)
+            stride = torch.where(going, target - beta, stride)
             new = torch.where(going, added(log_w, rise(here, target)), log_w)
             step = torch.logsumexp(new, 0)
             log_z = log_z + torch.where(going, step, 0.0)
@@ -225,28 +228,48 @@ def _taken(values: Tensor, index: Tensor) -> Tensor:
     return shaped.gather(0, expanded).reshape(values.shape)
 
 
-def _next(beta: Tensor, log_w: Tensor, change: Callable[[Tensor], Tensor], plan: PathPlan) -> Tensor:
-    """The next temperature of each datum (G,), by bisection; `change` maps one to the log increments (S, G)."""
+def _next(
+    beta: Tensor, log_w: Tensor, change: Callable[[Tensor], Tensor], plan: PathPlan, stride: Tensor | float = 1.0
+) -> Tensor:
+    """The next temperature of each datum (G,), where the share that is kept falls below the target; it is first looked
+    for within the stride. `change` maps temperatures to the log increments (S, G).
 
-    def too_far(to: Tensor) -> Tensor:
+    Regula falsi that halves what stays (Illinois; Dowell & Jarratt 1971, doi:10.1007/BF01934364) on the root of minus
+    the log share: the steps of a geometric path make that close to linear in the temperature.
+    """
+    goal = math.sqrt(-math.log(plan.target))
+
+    def excess(to: Tensor) -> Tensor:
         v = added(log_w, change(to))  # log W v
         if plan.criterion == "ess":
             kept = 2 * torch.logsumexp(v, 0) - torch.logsumexp(2 * v, 0) + torch.logsumexp(2 * log_w, 0)
         else:
             second = torch.where(v == -math.inf, -math.inf, 2 * v - log_w)
             kept = 2 * torch.logsumexp(v, 0) - torch.logsumexp(second, 0)
-        return kept < math.log(plan.target)  # False where undefined: the caller sees that
+        return kept.clamp(-MOST, 0.0).neg().sqrt().nan_to_num(nan=0.0) - goal  # undefined: the caller sees that
 
-    one = torch.ones_like(beta)
-    whole = ~too_far(one)
-    low, high = beta, one
-    for _ in range(BISECTIONS):
-        wide = ~whole & (high - low > CLOSE * high)  # the others stand, so that none depends on them
+    low, high = beta, (beta + stride).clamp_max(1.0)
+    below, above = torch.full_like(beta, -goal), excess(high)
+    whole = above <= 0
+    if bool((whole & (high < 1)).any()):
+        low, below = torch.where(whole, high, low), torch.where(whole, above, below)
+        end = excess(torch.ones_like(high))
+        high, above = torch.where(whole, 1.0, high), torch.where(whole, end, above)
+        whole = above <= 0
+    side = torch.zeros_like(beta)
+    for _ in range(TRIALS):
+        close = (CLOSE * high).clamp_min(LEAST)
+        wide = ~whole & (high - low > close)  # the others stand, so that none depends on them
         if not bool(wide.any()):
             break
-        middle = (low + high) / 2
-        far = too_far(middle)
-        low, high = torch.where(wide & ~far, middle, low), torch.where(wide & far, middle, high)
+        at = low - below * (high - low) / (above - below)
+        at = torch.maximum(torch.minimum(at, high - close / 2), low + close / 2)
+        found = excess(at)
+        short, far = wide & (found <= 0), wide & (found > 0)
+        below = torch.where(short, found, torch.where(far & (side > 0), below / 2, below))
+        above = torch.where(far, found, torch.where(short & (side < 0), above / 2, above))
+        low, high = torch.where(short, at, low), torch.where(far, at, high)
+        side = far.to(side.dtype) - short.to(side.dtype)
     return high  # by a hair too far, but never where it was
 
 

@@ -44,13 +44,14 @@ class Moved(NamedTuple):
     diverging: Tensor
 
 
-# (beta (W,), parts (W, J)) -> log density (W,), and its derivative with respect to each part (W, J).
+# (beta (W,), parts (W, J)) -> log density (W,), and its derivative with respect to each part (W, J); and of parts
+# (S, W, J), particles that share their temperature, log densities (S, W).
 Path = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def only(beta: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """No path: the first part is the target."""
-    return values[:, 0], torch.ones_like(values)
+    return values[..., 0], torch.ones_like(values)
 
 
 class Kernel(Protocol):

@@ -23,17 +23,17 @@ STARTS = ("auto", "prior", "guide")
 
 def geometric(beta: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """log f_b (W,) and the weights of the parts, (W, 2). Exact at both ends, also where the other part is -inf."""
-    first = torch.where(beta == 1, 0.0, (1 - beta) * values[:, 0])
-    last = torch.where(beta == 0, 0.0, beta * values[:, 1])
-    return first + last, torch.stack([1 - beta, beta], 1)
+    first = torch.where(beta == 1, 0.0, (1 - beta) * values[..., 0])
+    last = torch.where(beta == 0, 0.0, beta * values[..., 1])
+    return first + last, torch.stack([1 - beta, beta], -1)
 
 
 def arithmetic(beta: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """log f_b (W,) of the mixture, and the weights of the parts' gradients, (W, 2): their shares at the point."""
-    weights = torch.stack([1 - beta, beta], 1)
+    weights = torch.stack([1 - beta, beta], -1)
     terms = torch.where(weights == 0, -torch.inf, weights.log() + values)
-    value = torch.logaddexp(terms[:, 0], terms[:, 1])
-    return value, torch.where((value == -torch.inf)[:, None], 0.0, (terms - value[:, None]).exp())
+    value = torch.logaddexp(terms[..., 0], terms[..., 1])
+    return value, torch.where((value == -torch.inf)[..., None], 0.0, (terms - value[..., None]).exp())
 
 
 PATHS = {"geometric": geometric, "arithmetic": arithmetic}
