@@ -18,9 +18,9 @@ from .problem import ProblemError
 T = TypeVar("T")
 Progress = Callable[[str, int, int], None]
 BLOCK = 4096  # lanes that are moved together, at least one datum's
-QUARTER_TURN = 1.9  # trajectories in units of the target's sd: much longer ones come back to where they began
+QUARTER_TURN = math.pi / 2  # longest trajectories, in units of a normal target's sd: they forget where they began
 KERNELS: dict[str, Kernel] = {
-    "hmc": HMC(num_steps=4),
+    "hmc": HMC(num_steps=3),
     "langevin": langevin(),
     "random_walk": RandomWalk(),
     "nuts": NUTS(),

@@ -182,12 +182,12 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Path
         counts = 1 / weights.square().sum(0)[:, None]
         spread = (counts * spread + PRIOR_COUNT * mass) / (counts + PRIOR_COUNT)
         mass = torch.where(going[:, None] & spread.isfinite() & (spread > 0), spread, mass)
-        before, moving = point, going
+        before, moving = _figures(point, weights), going
         acceptance, moves = zero, zero
         for move in range(plan.moves):
             new_point, moved = bound.transition(point, lane(beta), lane(log_step.exp()), lane(mass), key, counter)
             keep = lane(moving)
-            point = selected(keep, new_point, point)
+            point = new_point if bool(moving.all()) else selected(keep, new_point, point)
             counter = counter + bound.transition.takes() * keep
             accepted = (weights * moved.acceptance.reshape(S, G).to(dtype)).sum(0)
             tuned = (log_step + LEARN * (accepted - kernel.target_acceptance)).clamp_max(math.log(bound.longest))
@@ -195,8 +195,7 @@ def carry(bound: Bound, point: Point, key: Tensor, datum_key: Tensor, plan: Path
             acceptance = acceptance + torch.where(moving, accepted, 0.0)
             moves = moves + moving
             if not plan.exactly and move + 1 < plan.moves:
-                stuck = _correlation(before, point, weights) > plan.correlation
-                moving = moving & stuck
+                moving = moving & (_correlation(before, _figures(point, weights), weights) > plan.correlation)
                 if not bool(moving.any()):
                     break
         last = Stage(
@@ -273,21 +272,19 @@ def _next(
     return high  # by a hair too far, but never where it was
 
 
-def _correlation(before: Point, after: Point, weights: Tensor) -> Tensor:
-    """The largest correlation, over coordinates and the log density ratio of the ends, of particles with where they
-    were, (G,)."""
-    S, G = weights.shape
+def _figures(point: Point, weights: Tensor) -> Tensor:
+    """Coordinates and the log density ratio of the ends, about their means, (S, G, D + 1)."""
+    ratio = point.values[:, -1:] - point.values[:, :1]
+    x = torch.cat([point.u, ratio.nan_to_num(0.0, 0.0, 0.0)], 1).reshape(*weights.shape, -1)
+    return x - (weights[..., None] * x).sum(0)
 
-    def figures(point: Point) -> Tensor:
-        ratio = point.values[:, -1:] - point.values[:, :1]
-        x = torch.cat([point.u, ratio.nan_to_num(0.0, 0.0, 0.0)], 1).reshape(S, G, -1)
-        return x - (weights[..., None] * x).sum(0)
 
-    a, b = figures(before), figures(after)
-    w = weights[..., None]
-    top = (w * a * b).sum(0)
-    scale = ((w * a * a).sum(0) * (w * b * b).sum(0)).sqrt()
-    return torch.where(scale > 0, top / scale, 0.0).abs().nan_to_num(0.0).amax(-1)
+def _correlation(before: Tensor, after: Tensor, weights: Tensor) -> Tensor:
+    """The largest correlation of a figure with what it was, (G,)."""
+    weighted = weights[..., None] * after
+    spread = (weights[..., None] * before.square()).sum(0) * (weighted * after).sum(0)
+    found = (weighted * before).sum(0) / spread.sqrt()
+    return torch.where(spread > 0, found, 0.0).abs().nan_to_num(0.0).amax(-1)
 
 
 class Tuning(NamedTuple):

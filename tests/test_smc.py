@@ -7,6 +7,7 @@ an error of the mean of 0.2 posterior sd / sqrt(200) likewise.
 
 from __future__ import annotations
 
+import itertools
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -174,6 +175,30 @@ def test_the_next_temperature_leaves_the_share_that_was_asked_for(criterion):
     for k in range(2):
         expected = brentq(lambda to, k=k: share(to, k) - 0.6, beta[k], 1)
         assert 0 <= float(found[k]) / expected - 1 < 2e-6
+
+
+@pytest.mark.parametrize("spread", [0.1, 10.0, 1e4, 1e8])
+@pytest.mark.parametrize("dtype", [F64, torch.float32])
+def test_the_next_temperature_is_found_in_few_looks(spread, dtype):
+    """From any stride on, for steps of any size, also where half of the particles die at once."""
+    looks = []
+    delta = torch.from_numpy(-spread * np.random.default_rng(1).normal(size=(500, 1)) ** 2).to(dtype)
+    dead = torch.where(delta < delta.median(), -math.inf, 0.0)
+    even, beta = torch.full((500, 1), -math.log(500), dtype=dtype), torch.zeros(1, dtype=dtype)
+
+    for increment, stride in itertools.product((delta, dead), (1e-12, 1e-3, 1.0)):
+        looks.append(0)
+
+        def change(to: Tensor, increment: Tensor = increment) -> Tensor:
+            looks[-1] += 1
+            return to * increment
+
+        found = tempering._next(beta, even, change, tempering.PathPlan(target=0.8), torch.full_like(beta, stride))
+        assert 0 < float(found) <= 1
+        kept = change(found).exp()
+        share = float(kept.mean() ** 2 / kept.square().mean())
+        assert (share >= 0.8 and float(found) == 1) or share == pytest.approx(0.8, abs=1e-3) or increment is dead
+    assert max(looks) <= 30
 
 
 def carried(copies, plan, count=100):

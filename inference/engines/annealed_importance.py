@@ -76,10 +76,10 @@ class AnnealedImportance:
         return why_not_start(density, self.start)
 
     def sized(self, calls: float, density: Density) -> Self:
-        """Chains S and temperatures K in the own proportion, from 4 m S (K + 20) calls: m moves of four leapfrog steps,
-        and a tuning run that takes as many as twenty temperatures."""
+        """Chains S and temperatures K in the own proportion, from 3 m S (K + 20) calls: m moves of three leapfrogs, and
+        a tuning run that takes as many as twenty temperatures."""
         ratio = self.num_temperatures / self.num_samples
-        each = calls / (4 * self.num_moves)
+        each = calls / (3 * self.num_moves)
         chains = max(PILOT_LEAST, int((math.sqrt(400 + 4 * ratio * each) - 20) / (2 * ratio)))
         return replace(self, num_samples=chains, num_temperatures=max(5, int(each / chains - 20)))
 

@@ -59,7 +59,7 @@ class SMC:
     start: str = "auto"
     path: str = "geometric"
     num_temperatures: int | None = None
-    target_ess: float = 0.8
+    target_ess: float = 0.85
     criterion: str = "cess"
     resampling: str = "systematic"
     policy: str = "adaptive"
@@ -91,10 +91,10 @@ class SMC:
         )  # fmt: skip
 
     def sized(self, calls: float, density: Density) -> Self:
-        """As many particles as the path allows: some thirty-five calls each, where it finds its own temperatures."""
-        each = 35.0
+        """As many particles as the path allows: some thirty calls each, where it finds its own temperatures."""
+        each = 30.0
         if self.num_temperatures is not None:
-            each = 3 + self.num_temperatures * 4 * (self.num_moves or self.max_moves / 2)
+            each = 3 + self.num_temperatures * 3 * (self.num_moves or self.max_moves / 2)
         return replace(self, num_samples=max(10, int(calls / each)))
 
     def run(self, density: Density, run: Run) -> Draws:
