@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -27,13 +27,13 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-def as_kernel(owner: Any, value: Any) -> Kernel:
+def as_kernel(owner: Any, value: Any, kernels: Mapping[str, Kernel] = KERNELS) -> Kernel:
     """A kernel from its name or itself. Raises `ProblemError`."""
-    if isinstance(value, str) and value in KERNELS:
-        return KERNELS[value]
+    if isinstance(value, str) and value in kernels:
+        return kernels[value]
     if isinstance(value, str | type) or not hasattr(value, "bind"):
         raise ProblemError(
-            f"{type(owner).__name__}(kernel={value!r}): expected one of {', '.join(KERNELS)}, or a kernel such as "
+            f"{type(owner).__name__}(kernel={value!r}): expected one of {', '.join(kernels)}, or a kernel such as "
             "HMC(num_steps=10) of pyrometer.inference.kernels.metropolis."
         )
     return value

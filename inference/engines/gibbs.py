@@ -22,9 +22,9 @@ from torch import Tensor
 from .. import recorded
 from ..density import Density
 from ..engine import Draws, EngineError, Run
-from ..groups import as_kernel
+from ..groups import KERNELS, as_kernel
 from ..kernels import adaptation
-from ..kernels.metropolis import Kernel
+from ..kernels.metropolis import HMC, Kernel
 from ..posterior import gathered
 from ..problem import ProblemError
 from ..settings import check_choice, check_positive, settings
@@ -32,6 +32,8 @@ from ..starts import CHOICE
 from ..sweep import Blocks, Sweep, some_draws
 
 FEWEST = 4  # draws of a chain that can be judged
+
+WITHIN = KERNELS | {"hmc": HMC(num_steps=4)}  # a chain goes on, and longer trajectories pay
 
 
 @settings
@@ -63,7 +65,7 @@ class Gibbs:
     def __post_init__(self) -> None:
         check_choice(self, "scan", ("random", "fixed"))
         check_positive(self, "step_size")
-        as_kernel(self, self.kernel)
+        as_kernel(self, self.kernel, WITHIN)
         self._by_hand()
 
     def _by_hand(self) -> Blocks:
@@ -80,7 +82,7 @@ class Gibbs:
             block = (names,) if isinstance(names, str) else tuple(names) if _is_list(names) else ()
             if not block or not all(isinstance(n, str) for n in block):
                 raise ProblemError(f"Gibbs(blocks=...): expected names of latents in {names!r}.")
-            found.append((block, None if kernel is None else as_kernel(self, kernel)))
+            found.append((block, None if kernel is None else as_kernel(self, kernel, WITHIN)))
         seen: set[str] = set()
         for name in (n for block, _ in found for n in block):
             if name in seen:
@@ -119,7 +121,7 @@ class Gibbs:
 
     def _sweep(self, density: Density) -> Sweep:
         """The blocks, kept for the next run on this density."""
-        kernel = as_kernel(self, self.kernel)
+        kernel = as_kernel(self, self.kernel, WITHIN)
         key = (
             "gibbs",
             repr(self.blocks),
