@@ -324,13 +324,14 @@ class Density:
 
     def _recorded(self, z: Tensor | Values, names: list[str]) -> dict[str, Tensor]:
         if isinstance(z, Tensor) and self.layout.is_direct(names):
-            return self.layout.constrained(z, names)
+            return self.layout.constrained(converted(z, self.dtype, self.device), names)
         return self._over_samples(partial(self._one.values, names=names), z, random=True)
 
     def unconstrain(self, values: Values) -> Tensor:
         """site -> (*sample, *batch, *event) to u (*sample, *batch, D)."""
         if self.layout.is_direct(self.continuous):
-            return self.layout.unconstrained(values)
+            given = {n: converted(values[n], self.dtype, self.device) for n in self.continuous}
+            return self.layout.unconstrained(given)
         return self._over_samples(self._one.unconstrained, values, random=True)
 
     def value_and_grad(self, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -141,9 +141,9 @@ class Layout:
         return {n: biject_to(self.latents[n].domain)(part) for n, part in shaped.items()}
 
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
-        """site -> (*sample, *batch, *event) -> u (*sample, *batch, D), where all are direct."""
-        parts = [biject_to(self.latents[n].domain).inv(values[n]) for n in self.continuous]
-        inner = [len(self._inner(n)) for n in self.continuous]
+        """All continuous latents in order, (*sample, *batch, *event) -> u (*sample, *batch, D), where all are direct."""
+        parts = [biject_to(self.latents[n].domain).inv(value) for n, value in values.items()]
+        inner = [len(self._inner(n)) for n in values]
         return torch.cat([p.reshape((*p.shape[: p.dim() - d], -1)) for p, d in zip(parts, inner, strict=True)], -1)
 
     def flat(self, parts: Mapping[str, Tensor]) -> Tensor:
