@@ -128,11 +128,9 @@ class Layout:
             given[name] = self.latents[name].to_pyro(part, self.latents[name].unconstrained_event_dim)
         return given
 
-    def is_direct(self, names: Iterable[str]) -> bool:
+    def is_direct(self, names: Collection[str]) -> bool:
         """Whether these are latents whose values can be told of u without running the program."""
-        return all(
-            n in self.latents and not self.latents[n].discrete and is_fixed(self.latents[n].domain) for n in names
-        )
+        return bool(names) and all(n in self.continuous and is_fixed(self.latents[n].domain) for n in names)
 
     def constrained(self, u: Tensor, names: Collection[str]) -> dict[str, Tensor]:
         """u (*sample, *batch, D) -> site -> (*sample, *batch, *event), of latents that are direct."""
@@ -141,7 +139,7 @@ class Layout:
         return {n: biject_to(self.latents[n].domain)(part) for n, part in shaped.items()}
 
     def unconstrained(self, values: Mapping[str, Tensor]) -> Tensor:
-        """All continuous latents in order, (*sample, *batch, *event) -> u (*sample, *batch, D), where all are direct."""
+        """All continuous latents in order, (*sample, *batch, *event), all direct -> u (*sample, *batch, D)."""
         parts = [biject_to(self.latents[n].domain).inv(value) for n, value in values.items()]
         inner = [len(self._inner(n)) for n in values]
         return torch.cat([p.reshape((*p.shape[: p.dim() - d], -1)) for p, d in zip(parts, inner, strict=True)], -1)
