@@ -94,8 +94,8 @@ def test_no_bias_is_seen_by_eight_times_as_many_chains():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_pyros_kernel_has_the_exact_moments(name):
-    """A quarter of the draws: it sees an error of 10 % in a sd."""
-    for scalar, (t, error, size) in judged(name, "pyro", 0.25).items():
+    """Two fifths of the draws: it sees an error of 8 % in a sd."""
+    for scalar, (t, error, size) in judged(name, "pyro", 0.4).items():
         assert size > 2_500, scalar
         assert error < 0.02, scalar
         assert np.abs(t).max() < LIMIT, f"{scalar}: {t}"
