@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyrometer.inference import Laplace, Problem, Quadrature, infer, learn
 from pyrometer.inference.density import Density
-from pyrometer.inference.laplace import climb
+from pyrometer.inference.laplace import _curvature, climb
 from pyrometer.models import conjugate_gaussian, eight_schools, ppca
 
 F64 = torch.float64
@@ -164,6 +164,32 @@ def test_second_derivatives_count_as_gradients():
         climb(density, density.log_joint, torch.zeros(3, density.dim, dtype=F64), num_steps=0)
         assert density.counts["gradients"] - before["gradients"] == 3 * (1 + density.dim)
         assert density.counts["evaluations"] == before["evaluations"]
+
+
+class Cube(torch.autograd.Function):
+    """x^3, with a derivative that looks at numbers, as vmap cannot."""
+
+    @staticmethod
+    def forward(context, x):
+        context.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(context, gradient):
+        (x,) = context.saved_tensors
+        assert gradient.sum().item() == gradient.sum().item()
+        return 3 * x**2 * gradient
+
+
+def test_second_derivatives_are_the_same_row_by_row():
+    """Of sum u^3 + u_0 u_1, in one pass and one by one: 6 u on the diagonal, 1 beside it."""
+    with Density(eight_schools.problem()) as density:
+        u = torch.randn(3, density.dim, dtype=F64, generator=torch.Generator().manual_seed(1))
+        for cube in (Cube.apply, lambda u: u**3):
+            hessian = _curvature(density, lambda u, cube=cube: cube(u).sum(-1) + u[:, 0] * u[:, 1], u)[2]
+            expected = torch.diag_embed(6 * u)
+            expected[:, 0, 1] = expected[:, 1, 0] = 1.0
+            assert torch.allclose(hessian, expected, atol=1e-12)
 
 
 def test_discrete_latents_are_refused_in_words():
