@@ -229,9 +229,7 @@ class Scribe(Messenger):
             return
         value = self.given[name]
         if name in self.transformed:
-            if self.sites[name].padded:
-                # padding has its prior where latents move: they would wander off without
-                msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
+            fill_padding(msg, self.sites[name])
             transform = biject_to(support_of(msg["fn"]))
             unconstrained, value = value, transform(value)
             jacobian = transform.log_abs_det_jacobian(unconstrained, value)
@@ -325,6 +323,12 @@ def settle(msg: Message) -> None:
     """As a density sees a site: masked by the message alone, and with no check of values."""
     lift_mask(msg)
     msg["fn"] = _unchecked(msg["fn"])
+
+
+def fill_padding(msg: Message, site: Site) -> None:
+    """Padding has its prior where latents move: they would wander off without."""
+    if site.padded:
+        msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
 
 
 def _unchecked(fn: Any) -> Any:

@@ -29,7 +29,7 @@ from .density import Density
 from .engine import EngineError
 from .lineage import Entry, Leaf, Lineage, across
 from .posterior import gathered
-from .program import SOMETIMES, Site, settle, support_of, unmasked
+from .program import SOMETIMES, Site, fill_padding, settle, support_of, unmasked
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,7 @@ class Filter(Messenger):
         name: str = msg["name"]
         site = _site(self.sites, name)
         if name in self.given:
-            if site.padded:
-                msg["mask"], msg["fn"] = None, unmasked(msg["fn"])
+            fill_padding(msg, site)
             transform = biject_to(support_of(msg["fn"]))
             u = site.to_pyro(self.given[name], site.unconstrained_event_dim)
             msg["value"] = transform(u)
