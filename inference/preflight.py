@@ -138,7 +138,7 @@ def _padding(density: Density, tried: Tried) -> list[str]:
     """The latents whose masked entries move nothing, as padding of sequences that end early, masked throughout.
 
     All are moved together; where that shows, one by one, if they are few."""
-    masked = [n for n, s in density.latents.items() if s.mask is not None and not s.scaled]
+    masked = [n for n, s in density.latents.items() if s.mask is not None and not s.scaled and n in tried.values]
     if not masked or _idle(density, tried, masked):
         return masked
     return [n for n in masked if _idle(density, tried, [n])] if len(masked) <= FEW else []
@@ -147,14 +147,18 @@ def _padding(density: Density, tried: Tried) -> list[str]:
 def _idle(density: Density, tried: Tried, names: list[str]) -> bool:
     """Whether the masked entries of these latents can take other values, and the log joint does not change: those of
     another draw and, where they can be listed, the first and the last there are."""
-    for other in (None, 0, -1):
+    elsewhere = {name: value.roll(1, 0) for name, value in tried.values.items()}
+    if density.improper:  # it was tried at one point alone
+        elsewhere = density.constrain(torch.randn(DRAWS, *density.batch_shape, density.dim, dtype=density.dtype))
+    listed = any(density.latents[name].support is not None for name in names)
+    for other in (None, 0, -1) if listed else (None,):
         moved = {}
         for name in names:
             site, value = density.latents[name], tried.values[name]
             assert site.mask is not None
             mask = site.to_own(site.mask.to(value.device).expand(site.shape), site.event_dim)
             if other is None or site.support is None:
-                new = value.roll(1, 0)
+                new = elsewhere[name].to(value)
             else:
                 new = site.values(density.dtype)[other].to(value)
             moved[name] = torch.where(mask, value, new)

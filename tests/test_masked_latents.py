@@ -300,3 +300,23 @@ def test_entries_imputed_by_obs_mask_have_their_law():
 def test_a_mask_that_hides_nothing_is_none():
     problem = Problem(by_handler, args=(X[0], torch.ones(3, dtype=torch.bool)))
     assert why_not(problem, SMC()) == ""
+
+
+def test_where_another_prior_is_improper_what_matters_is_no_padding():
+    """Such a program is tried at one point only, and its discrete latents have no values there."""
+
+    def model(x, seen):
+        mu = pyro.sample("mu", dist.ImproperUniform(dist.constraints.real, (), ()))
+        with pyro.plate("data", len(x)), poutine.mask(mask=seen):
+            k = pyro.sample("k", dist.Categorical(torch.ones(3) / 3))
+            idle = pyro.sample("idle", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Normal(idle, 1.0 + k), obs=x)
+        with pyro.plate("more", len(x)):
+            with poutine.mask(mask=seen):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z + mu, 1.0), obs=x)
+
+    density = Density(Problem(model, args=(X[0], SEEN[1])))
+    assert {n: s.padded for n, s in density.latents.items()} == {"mu": False, "k": False, "idle": True, "z": False}
+    with density:
+        assert bool(density.log_joint(torch.zeros(1, density.dim)).isfinite().all())
